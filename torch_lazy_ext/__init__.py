@@ -1,0 +1,37 @@
+"""Capture any PyTorch program as one graph, and replay it exactly like eager."""
+
+import torch
+
+__version__ = "0.1.0"
+
+if torch.__version__.split("+")[0] != "2.13.0":
+    raise ImportError(
+        f"torch_lazy_ext {__version__} is built for torch 2.13.0, and this is torch "
+        f"{torch.__version__}: run `pip install torch==2.13.0`"
+    )
+try:
+    from torch_lazy_ext import _C as _C
+except ImportError as e:
+    raise ImportError(
+        "torch_lazy_ext has no compiled extension here: run `pip install .` (or `pip install -e .` "
+        f"to work in the checkout) with a C++ compiler installed ({e})"
+    ) from e
+
+from torch_lazy_ext._errors import (
+    ExtractionError,
+    FallbackError,
+    GuardError,
+    UnsupportedError,
+)
+from torch_lazy_ext._replay import CompiledGraph, Specialization
+from torch_lazy_ext.extract_compiled_graph import extract_compiled_graph
+
+__all__ = [
+    "CompiledGraph",
+    "ExtractionError",
+    "FallbackError",
+    "GuardError",
+    "Specialization",
+    "UnsupportedError",
+    "extract_compiled_graph",
+]

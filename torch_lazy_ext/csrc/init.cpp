@@ -1,0 +1,204 @@
+// The Python face of the extension.
+#include "lower.h"
+#include "record.h"
+#include "replay.h"
+
+#include <ATen/FunctionalTensorWrapper.h>
+#include <torch/csrc/jit/python/pybind.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/extension.h>
+
+namespace py = pybind11;
+using namespace tle;
+
+namespace {
+
+namespace fi = at::functionalization::impl;
+using ViewMetas = std::vector<std::shared_ptr<at::functionalization::ViewMeta>>;
+
+// The chain of views that leads from a storage's base to one tensor of it.
+struct ViewSequence {
+  ViewMetas metas;
+};
+
+// How a tensor of the program relates to the graph.
+struct Described {
+  bool captured = false; // false: an eager tensor, or one of another kind
+  int64_t lifted = -1; // the lifted tensor it is the twin of
+  int64_t base_lifted = -1; // the lifted tensor whose storage it shares
+  uintptr_t storage = 0; // identity of the functional storage
+  bool mutated = false; // the storage saw a mutation
+  bool metadata_mutated = false;
+  bool storage_changed = false;
+  bool requires_grad = false;
+  ValueRef value;
+  ViewSequence views;
+};
+
+Described describe_tensor(Recorder& r, const at::Tensor& t) {
+  Described d;
+  auto original = r.input_by_impl.find(t.unsafeGetTensorImpl());
+  const at::Tensor& seen =
+      original == r.input_by_impl.end() ? t : r.inputs[original->second].twin;
+  if (!fi::isFunctionalTensor(seen)) {
+    return d;
+  }
+  Recorder::Resume resume(r);
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::DeferredInit);
+  fi::sync(seen);
+  auto* wrapper = fi::unsafeGetFunctionalWrapper(seen);
+  CaptureTensorImpl* c = as_capture(wrapper->value());
+  if (c == nullptr || c->recorder.get() != &r) {
+    return d;
+  }
+  d.captured = true;
+  auto twin = r.input_by_twin.find(seen.unsafeGetTensorImpl());
+  if (twin != r.input_by_twin.end()) {
+    d.lifted = static_cast<int64_t>(twin->second);
+  }
+  auto* storage = wrapper->unsafe_storage().unsafeGetStorageImpl();
+  d.storage = reinterpret_cast<uintptr_t>(storage);
+  for (size_t i = 0; i < r.inputs.size(); ++i) {
+    auto* w = fi::unsafeGetFunctionalWrapper(r.inputs[i].twin);
+    if (w->unsafe_storage().unsafeGetStorageImpl() == storage) {
+      d.base_lifted = static_cast<int64_t>(i);
+      break;
+    }
+  }
+  d.mutated = wrapper->has_data_mutation();
+  d.metadata_mutated = wrapper->has_metadata_mutation();
+  d.storage_changed = wrapper->was_storage_changed();
+  d.requires_grad = seen.requires_grad();
+  d.value = c->value;
+  d.views.metas = wrapper->view_metas();
+  return d;
+}
+
+// The value of the base of the storage that `t` belongs to, all updates applied.
+ValueRef base_value(Recorder& r, const at::Tensor& t) {
+  Recorder::Resume resume(r);
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::DeferredInit);
+  fi::sync(t);
+  auto* wrapper = fi::unsafeGetFunctionalWrapper(t);
+  wrapper->apply_updates();
+  auto* storage = static_cast<at::functionalization::FunctionalStorageImpl*>(
+      wrapper->unsafe_storage().unsafeGetStorageImpl());
+  CaptureTensorImpl* c = as_capture(storage->base());
+  TORCH_CHECK(c != nullptr && c->recorder.get() == &r);
+  return c->value;
+}
+
+
+} // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::class_<ValueRef>(m, "ValueRef")
+      .def_readonly("node", &ValueRef::node)
+      .def_readonly("index", &ValueRef::index)
+      .def("__eq__", [](const ValueRef& a, const ValueRef& b) { return a == b; })
+      .def("__hash__", [](const ValueRef& a) { return a.node * 1000003 + a.index; });
+
+  py::class_<ViewSequence>(m, "ViewSequence")
+      .def("__len__", [](const ViewSequence& v) { return v.metas.size(); })
+      .def(
+          "apply",
+          [](const ViewSequence& v, const at::Tensor& base) {
+            return fi::apply_view_meta_sequence(base, v.metas);
+          },
+          "The view of `base`, a real tensor, that this sequence leads to.");
+
+  py::class_<Described>(m, "Described")
+      .def_readonly("captured", &Described::captured)
+      .def_readonly("lifted", &Described::lifted)
+      .def_readonly("base_lifted", &Described::base_lifted)
+      .def_readonly("storage", &Described::storage)
+      .def_readonly("mutated", &Described::mutated)
+      .def_readonly("metadata_mutated", &Described::metadata_mutated)
+      .def_readonly("storage_changed", &Described::storage_changed)
+      .def_readonly("requires_grad", &Described::requires_grad)
+      .def_readonly("value", &Described::value)
+      .def_readonly("views", &Described::views);
+
+  py::class_<TensorMeta>(m, "TensorMeta")
+      .def_readonly("sizes", &TensorMeta::sizes)
+      .def_readonly("strides", &TensorMeta::strides)
+      .def_property_readonly("dtype", [](const TensorMeta& t) { return t.dtype; });
+
+  py::class_<Recorder, std::shared_ptr<Recorder>>(m, "Recorder")
+      .def(py::init<>())
+      .def("enter", &Recorder::enter)
+      .def("exit", &Recorder::exit)
+      .def("lift", &Recorder::lift, py::arg("tensor"), py::arg("constant") = false)
+      .def("is_liftable", &Recorder::is_liftable)
+      .def("describe", &describe_tensor)
+      .def("base_value", &base_value)
+      .def(
+          "materialize",
+          [](Recorder& r, const at::Tensor& t, bool guard) {
+            Described d = describe_tensor(r, t);
+            TORCH_CHECK(d.captured, "not a tensor of this capture");
+            at::Tensor real;
+            {
+              py::gil_scoped_release no_gil;
+              real = r.materialize(d.value);
+            }
+            if (guard) {
+              r.add_value_guard(d.value, real);
+            }
+            return real;
+          },
+          py::arg("tensor"),
+          py::arg("guard") = true)
+      .def(
+          "lifted",
+          [](const Recorder& r) {
+            py::list out;
+            for (const LiftedInput& i : r.inputs) {
+              out.append(py::make_tuple(i.tensor, i.twin, i.constant, i.node));
+            }
+            return out;
+          })
+      .def_property_readonly(
+          "fallbacks", [](const Recorder& r) { return r.fallbacks; })
+      .def(
+          "guards",
+          [](const Recorder& r) {
+            py::list out;
+            for (const Guard& g : r.guards) {
+              const bool is_value = g.kind == Guard::Kind::Value;
+              out.append(py::make_tuple(
+                  g.value,
+                  is_value ? py::cast(g.expected) : py::cast(g.expected_sizes),
+                  is_value,
+                  r.describe(g.source)));
+            }
+            return out;
+          })
+      .def(
+          "node_info",
+          [](Recorder& r, int64_t id) {
+            GenericNode& n = r.node(id);
+            return py::make_tuple(
+                n.kind == NodeKind::Input ? std::string("lifted")
+                                          : c10::toString(n.handle->operator_name()),
+                n.metas,
+                r.describe(n.source));
+          })
+      .def("__len__", [](const Recorder& r) { return r.nodes.size(); });
+
+  py::class_<Program>(m, "Program")
+      .def(py::init<std::shared_ptr<torch::jit::Graph>>())
+      .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("graph", &Program::graph);
+
+  m.def("lower", [](Recorder& r, const std::vector<ValueRef>& roots) {
+    Lowered l = lower(r, roots);
+    return py::make_tuple(l.graph, l.parameters);
+  });
+  m.def("is_capture_tensor", [](const at::Tensor& t) {
+    return fi::isFunctionalTensor(t)
+        ? as_capture(fi::unsafeGetFunctionalWrapper(t)->value()) != nullptr
+        : as_capture(t) != nullptr;
+  });
+  m.def("capturing", [] { return Recorder::current() != nullptr; });
+}

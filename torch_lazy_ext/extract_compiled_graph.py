@@ -1,0 +1,34 @@
+"""The entry point: from a program to the callable that replays its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch_lazy_ext._replay import CompiledGraph
+
+
+def extract_compiled_graph(
+    fn: Callable[..., Any],
+    example_args: Sequence[Any],
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    limit: int = 32,
+) -> CompiledGraph:
+    """Capture `fn` on example arguments as one graph.
+
+    Args:
+        fn: an `nn.Module`, `fx.GraphModule`, function, bound method or partial.
+        example_args: the positional arguments, any pytree each.
+        example_kwargs: the keyword arguments.
+        limit: how many variants (other shapes, dtypes, Python values, ...) are kept.
+
+    Returns:
+        A callable with the program's own signature.
+
+    Raises:
+        ExtractionError: the program cannot be captured; the message names the operator and line.
+    """
+    graph = CompiledGraph(fn, limit=limit)
+    graph._capture(tuple(example_args), dict(example_kwargs or {}))
+    return graph
