@@ -40,7 +40,8 @@ class Slot:
     def read(self) -> Any:
         owner = self.owner
         if isinstance(owner, dict):
-            return owner.get(self.key, Slot.MISSING)
+            # Not the method: a subclass may give it another meaning.
+            return dict.get(owner, self.key, Slot.MISSING)
         if isinstance(owner, types.CellType):
             try:
                 return owner.cell_contents

@@ -258,4 +258,4 @@ class CompiledGraph:
         Args:
             source: show the user's source line behind each operator.
         """
-        return _text.graph_text(self._specializations[0].lowered, source=source)
+        return _text.graph_text(self._specializations[0].lowered.graph, source=source)

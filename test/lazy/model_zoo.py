@@ -153,50 +153,61 @@ def _const(**values: torch.Tensor) -> Part:
     return lambda g: {k: v.clone() for k, v in values.items()}
 
 
-def _mask(n: int, b: int = 2, name: str = "attention_mask") -> Part:
+def _mask(n: int, name: str = "attention_mask") -> Part:
     """Ones; the last row ends in zeros, for a quarter to a half of its length."""
 
     def part(g: torch.Generator) -> dict:
-        mask = torch.ones(b, n, dtype=torch.long)
+        mask = torch.ones(2, n, dtype=torch.long)
         mask[-1, -int(torch.randint(max(1, n // 4), n // 2 + 1, (), generator=g)) :] = 0
         return {name: mask}
 
     return part
 
 
-def _text(n: int = 12, b: int = 2, prefix: str = "", last: int | None = None) -> Part:
+def _text(n: int = 12, last: int | None = None) -> Part:
     """Token ids and their attention mask; `last` is put at the end of each text."""
 
     def part(g: torch.Generator) -> dict:
-        ids = torch.randint(3, VOCAB, (b, n), generator=g)
-        mask = _mask(n, b)(g)["attention_mask"]
+        ids = torch.randint(3, VOCAB, (2, n), generator=g)
+        mask = _mask(n)(g)["attention_mask"]
         if last is not None:
-            ids[torch.arange(b), mask.sum(1) - 1] = last
-        return {f"{prefix}input_ids": ids.masked_fill(mask == 0, PAD), f"{prefix}attention_mask": mask}
+            ids[torch.arange(2), mask.sum(1) - 1] = last
+        return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
 
     return part
 
 
-def _image(size: int = 32, b: int = 2) -> Part:
-    return _float("pixel_values", b, 3, size, size)
+def _image(size: int) -> Part:
+    return _float("pixel_values", 2, 3, size, size)
 
 
-def _video(frames: int, size: int = 32, name: str = "pixel_values") -> Part:
-    return _float(name, 1, frames, 3, size, size)
+def _video(frames: int, name: str = "pixel_values") -> Part:
+    return _float(name, 1, frames, 3, 32, 32)
 
 
-def _boxes(n: int, name: str = "bbox", high: int = 100) -> Part:
-    """Integer boxes x0, y0, x1, y1 with x0 <= x1 and y0 <= y1."""
+def _audio(n: int = 800) -> Part:
+    return _all(_float("input_values", 2, n), _mask(n))
+
+
+def _boxes(n: int) -> Part:
+    """Integer boxes x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, one for each token."""
 
     def part(g: torch.Generator) -> dict:
-        corners = torch.randint(0, high, (2, n, 2, 2), generator=g).sort(2).values
-        return {name: corners.flatten(2)}
+        corners = torch.randint(0, 100, (2, n, 2, 2), generator=g).sort(2).values
+        return {"bbox": corners.flatten(2)}
 
     return part
 
 
-def _audio(n: int = 800, name: str = "input_values") -> Part:
-    return _all(_float(name, 2, n), _mask(n))
+def _captioned(image_tokens: int, n: int, image_id: int = VOCAB - 1) -> Part:
+    """An image, and a text that starts with the tokens which stand for it."""
+
+    def part(g: torch.Generator) -> dict:
+        ids = torch.randint(3, image_id, (2, image_tokens + n), generator=g)
+        ids[:, :image_tokens] = image_id
+        return {"input_ids": ids}
+
+    return _all(part, _mask(image_tokens + n), IMAGE32)
 
 
 TEXT = _text()
@@ -204,6 +215,7 @@ TYPED = _all(TEXT, _int("token_type_ids", 2, 12, low=0, high=2))
 SEQ2SEQ = _all(TEXT, _int("decoder_input_ids", 2, 7))
 IMAGE32, IMAGE64 = _image(32), _image(64)
 
+# fmt: off
 # --- configs -----------------------------------------------------------------------------------
 
 H = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -211,50 +223,43 @@ SPECIAL = dict(pad_token_id=PAD, bos_token_id=0, eos_token_id=2)
 ENC = dict(vocab_size=VOCAB, max_position_embeddings=64, **H, **SPECIAL)
 DEC = dict(num_key_value_heads=2, **ENC)
 MOE = dict(num_experts_per_tok=2, num_local_experts=4, **DEC)
-BART = dict(
-    vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-    decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
-    decoder_start_token_id=2, forced_eos_token_id=None, **SPECIAL,
-)  # fmt: skip
-T5 = dict(
-    vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4,
-    decoder_start_token_id=0, **SPECIAL,
-)  # fmt: skip
+BART = dict(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+            decoder_ffn_dim=64, max_position_embeddings=64, decoder_start_token_id=2,
+            forced_eos_token_id=None, **SPECIAL)
+T5 = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2,
+          num_heads=4, decoder_start_token_id=0, **SPECIAL)
 VIT = dict(image_size=32, patch_size=8, **H)
-SWIN = dict(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+SWIN = dict(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
+            window_size=4)
 RESNET = dict(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2])
 BACKBONE = dict(model_type="resnet", out_features=["stage2"], **RESNET)
-PYRAMID = dict(
-    depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 32], num_attention_heads=[1, 2, 2, 4],
-    decoder_hidden_size=16,
-)  # fmt: skip
-SPEECH = dict(
-    conv_dim=[16, 16, 16], conv_kernel=[8, 4, 4], conv_stride=[4, 3, 3], num_conv_pos_embeddings=8,
-    num_conv_pos_embedding_groups=2, **H,
-)  # fmt: skip
+PYRAMID = dict(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 32],
+               num_attention_heads=[1, 2, 2, 4], decoder_hidden_size=16)
+SPEECH = dict(conv_dim=[16, 16, 16], conv_kernel=[8, 4, 4], conv_stride=[4, 3, 3],
+              num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, **H)
 CLIP_TEXT = dict(ENC, projection_dim=16)
 CLIP_VISION = dict(VIT, projection_dim=16)
-DETR = dict(
-    d_model=32, num_queries=5, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-    decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_labels=6,
-    backbone_config=BACKBONE,
-)  # fmt: skip
-SERIES = dict(
-    prediction_length=4, context_length=12, lags_sequence=[1, 2, 3], d_model=32, num_time_features=2,
-    encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
-)  # fmt: skip
+DETR = dict(d_model=32, num_queries=5, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+            decoder_ffn_dim=64, num_labels=6, backbone_config=BACKBONE)
+SERIES = dict(prediction_length=4, context_length=12, lags_sequence=[1, 2, 3], d_model=32,
+              num_time_features=2, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32,
+              decoder_ffn_dim=32)
 
 
-def _add(name: str, cls: str, part: Part, *, core=False, rng=False, varies=False, **config) -> None:
+def _add(name: str, cls: str, part: Part, *, core: bool = False, rng: bool = False,
+         varies: bool = False, **config) -> None:
+    """Enter a model; what is not for `ModelCase` is its config."""
     assert name not in MODELS, name
     MODELS[name] = ModelCase(name, cls, config, part, core, rng, varies)
 
 
 def _core(name: str, cls: str, part: Part, **config) -> None:
+    """Enter a model of the core set."""
     _add(name, cls, part, core=True, **config)
 
 
-# fmt: off
 # --- the core set ------------------------------------------------------------------------------
 
 _core("BERT", "BertModel", TYPED, **ENC)
@@ -278,8 +283,9 @@ _core("ResNet", "ResNetForImageClassification", IMAGE64, **RESNET)
 _core("ConvNeXt", "ConvNextModel", IMAGE64, num_stages=2, hidden_sizes=[16, 32], depths=[1, 2])
 _core("MobileNetV2", "MobileNetV2Model", IMAGE32, depth_multiplier=0.25)
 _core("RegNet", "RegNetModel", IMAGE64, groups_width=8, **RESNET)
-_core("Whisper", "WhisperModel", _all(_float("input_features", 2, 8, 40), _int("decoder_input_ids",
-      2, 7)), num_mel_bins=8, max_source_positions=20, max_target_positions=20, **BART)
+_core("Whisper", "WhisperModel",
+      _all(_float("input_features", 2, 8, 40), _int("decoder_input_ids", 2, 7)),
+      num_mel_bins=8, max_source_positions=20, max_target_positions=20, **BART)
 _core("Wav2Vec2", "Wav2Vec2Model", _audio(), **SPEECH)
 _core("CLIP", "CLIPModel", _all(_text(last=2), IMAGE32), projection_dim=16, text_config=CLIP_TEXT,
       vision_config=CLIP_VISION)
@@ -293,8 +299,9 @@ _add("DeBERTa-v2", "DebertaV2Model", TEXT, relative_attention=True, pos_att_type
      position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, conv_kernel_size=3, **ENC)
 _add("XLNet", "XLNetModel", TEXT, d_head=8, d_inner=64, **_but(ENC, "max_position_embeddings"))
 _add("XLM", "XLMModel", TEXT, n_langs=1, **ENC)
-_add("Longformer", "LongformerModel", _all(TEXT, _const(global_attention_mask=torch.eye(2, 12,
-     dtype=torch.long))), attention_window=[4, 4], **ENC)
+_add("Longformer", "LongformerModel",
+     _all(TEXT, _const(global_attention_mask=torch.eye(2, 12, dtype=torch.long))),
+     attention_window=[4, 4], **ENC)
 _add("BigBird", "BigBirdModel", _text(40), block_size=4, num_random_blocks=1, **ENC)
 _add("Reformer", "ReformerModel", _text(16), attn_layers=["local", "lsh"], axial_pos_shape=[4, 4],
      axial_pos_embds_dim=[16, 16], attention_head_size=8, feed_forward_size=64, num_buckets=2,
@@ -319,9 +326,10 @@ _add("ModernBERT", "ModernBertModel", TEXT, cls_token_id=0, sep_token_id=2, loca
      layer_types=["full_attention", "sliding_attention"], **ENC)
 _add("Splinter", "SplinterForQuestionAnswering", _all(TEXT,
      _const(question_positions=torch.tensor([[1, 4], [2, 3]]))), question_token_id=50, **ENC)
-_add("LUKE", "LukeModel", _all(TEXT, _int("entity_ids", 2, 3, high=20), _mask(3,
-     name="entity_attention_mask"), _const(entity_position_ids=torch.tensor([[[1, 2, -1], [3, -1,
-     -1], [4, 5, 6]]] * 2))), entity_vocab_size=20, entity_emb_size=16, **ENC)
+_add("LUKE", "LukeModel",
+     _all(TEXT, _int("entity_ids", 2, 3, high=20), _mask(3, name="entity_attention_mask"),
+          _const(entity_position_ids=torch.tensor([[[1, 2, -1], [3, -1, -1], [4, 5, 6]]] * 2))),
+     entity_vocab_size=20, entity_emb_size=16, **ENC)
 _add("LayoutLM", "LayoutLMModel", _all(TEXT, _boxes(12)), max_2d_position_embeddings=128, **ENC)
 _add("LayoutLMv3", "LayoutLMv3Model", _all(TEXT, _boxes(12), IMAGE32),
      max_2d_position_embeddings=128, coordinate_size=6, shape_size=4, input_size=32, patch_size=8,
@@ -440,8 +448,8 @@ _add("DPT", "DPTForDepthEstimation", IMAGE32, backbone_out_indices=[0, 1, 2, 3],
      neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, **dict(VIT, num_hidden_layers=4))
 _add("YOLOS", "YolosForObjectDetection", _image(48), num_detection_tokens=5, num_labels=6,
      **dict(VIT, image_size=[32, 32]))
-_add("DETR", "DetrForObjectDetection", _all(IMAGE64, _const(pixel_mask=torch.ones(2, 64, 64,
-     dtype=torch.long).tril(20))), **DETR)
+_add("DETR", "DetrForObjectDetection",
+     _all(IMAGE64, _const(pixel_mask=torch.ones(2, 64, 64, dtype=torch.long).tril(20))), **DETR)
 _add("Deformable DETR", "DeformableDetrForObjectDetection", IMAGE64, num_feature_levels=2, **DETR)
 _add("Swin V2", "Swinv2Model", IMAGE32, **SWIN)
 _add("Swin2SR", "Swin2SRForImageSuperResolution", _image(16), **dict(SWIN, patch_size=1,
@@ -467,11 +475,13 @@ _add("UPerNet", "UperNetForSemanticSegmentation", IMAGE64, hidden_size=16, auxil
 _add("MaskFormer", "MaskFormerModel", IMAGE64, fpn_feature_size=32, mask_feature_size=32,
      num_labels=6, decoder_config=dict(model_type="detr", **_but(DETR, "num_labels")),
      backbone_config=dict(BACKBONE, out_features=["stem", "stage1", "stage2"]))
-_add("SAM", "SamModel", _all(IMAGE64, _unit("input_points", 2, 1, 3, 2)), vision_config=dict(H,
-     image_size=64, patch_size=8, output_channels=16, window_size=3, global_attn_indexes=[1],
-     mlp_dim=64, num_pos_feats=8), prompt_encoder_config=dict(hidden_size=16, image_size=64,
-     patch_size=8, mask_input_channels=4), mask_decoder_config=dict(hidden_size=16, mlp_dim=32,
-     num_attention_heads=2, iou_head_hidden_dim=16))
+_add("SAM", "SamModel", _all(IMAGE64, _unit("input_points", 2, 1, 3, 2)),
+     vision_config=dict(H, image_size=64, patch_size=8, output_channels=16, window_size=3,
+                        global_attn_indexes=[1], mlp_dim=64, num_pos_feats=8),
+     prompt_encoder_config=dict(hidden_size=16, image_size=64, patch_size=8,
+                                mask_input_channels=4),
+     mask_decoder_config=dict(hidden_size=16, mlp_dim=32, num_attention_heads=2,
+                              iou_head_hidden_dim=16))
 _add("TimeSformer", "TimesformerModel", _video(4), num_frames=4, **VIT)
 _add("VideoMAE", "VideoMAEModel", _video(4), num_frames=4, **VIT)
 _add("ViViT", "VivitModel", _video(4), num_frames=4, tubelet_size=[2, 8, 8], **VIT)
@@ -493,7 +503,7 @@ _add("Wav2Vec2-BERT", "Wav2Vec2BertModel", _all(_float("input_features", 2, 20, 
      feature_projection_input_dim=8, conv_depthwise_kernel_size=5, add_adapter=True,
      output_hidden_size=32, **H)
 _add("Data2Vec-Audio", "Data2VecAudioModel", _audio(), conv_pos_kernel_size=5,
-     num_conv_pos_embedding_groups=2, **_but(SPEECH, "num_conv_pos_embedding_groups"))
+     **SPEECH)
 _add("SpeechT5", "SpeechT5ForTextToSpeech", _all(TEXT, _float("decoder_input_values", 2, 6, 8),
      _float("speaker_embeddings", 2, 16)), rng=True, num_mel_bins=8,
      speech_decoder_prenet_units=16, speech_decoder_postnet_units=16, speaker_embedding_dim=16,
@@ -551,9 +561,7 @@ _add("ViLT", "ViltModel", _all(TEXT, IMAGE32), rng=True, **ENC, image_size=32, p
 _add("Perceiver", "PerceiverModel", _all(_float("inputs", 2, 12, 16), _mask(12)), num_latents=5,
      d_latents=32, d_model=16, num_self_attends_per_block=2, num_self_attention_heads=2,
      num_cross_attention_heads=2)
-_add("LLaVA", "LlavaForConditionalGeneration", _all(lambda g: {"input_ids":
-     torch.cat([torch.full((2, 16), 98), torch.randint(3, 98, (2, 5), generator=g)], 1)},
-     _mask(21), IMAGE32), image_token_index=98, image_seq_length=16, text_config=dict(DEC,
+_add("LLaVA", "LlavaForConditionalGeneration", _captioned(16, 20), image_token_index=98, image_seq_length=16, text_config=dict(DEC,
      model_type="llama"), vision_config=dict(VIT, model_type="clip_vision_model"))
 _add("GIT", "GitModel", _all(TEXT, IMAGE32), vision_config=VIT, **ENC)
 _add("MGP-STR", "MgpstrForSceneTextRecognition", IMAGE32, image_size=[32, 32], hidden_size=32,
@@ -563,8 +571,8 @@ _add("MGP-STR", "MgpstrForSceneTextRecognition", IMAGE32, image_size=[32, 32], h
 # --- series and decisions ----------------------------------------------------------------------
 
 _SERIES = _all(_float("past_values", 2, 15), _float("past_time_features", 2, 15, 2),
-    _unit("past_observed_mask", 2, 15), _float("future_values", 2, 4),
-    _float("future_time_features", 2, 4, 2))
+               _unit("past_observed_mask", 2, 15), _float("future_values", 2, 4),
+               _float("future_time_features", 2, 4, 2))
 _add("Time Series Transformer", "TimeSeriesTransformerModel", _SERIES, **SERIES)
 _add("Informer", "InformerModel", _SERIES, rng=True, **SERIES)
 _add("Autoformer", "AutoformerModel", _SERIES, label_length=4, moving_average=5, **SERIES)

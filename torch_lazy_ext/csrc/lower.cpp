@@ -10,13 +10,27 @@ namespace tle {
 using torch::jit::Graph;
 using torch::jit::Value;
 
+namespace {
+
+// What a variant's guards promise about a value, for texts and passes.
+c10::TypePtr type_of(const TensorMeta& m) {
+  return c10::TensorType::create(
+      m.dtype,
+      m.device,
+      c10::VaryingShape<int64_t>(m.sizes),
+      c10::VaryingShape<int64_t>(m.strides),
+      std::nullopt);
+}
+
+} // namespace
+
 torch::lazy::TSOpVector GenericNode::Lower(
     std::shared_ptr<torch::jit::GraphFunction> function,
     torch::lazy::TSLoweringContext* loctx) const {
   auto graph = loctx->graph();
   if (kind == NodeKind::Input) {
     Value* v = graph->addInput();
-    v->setType(c10::TensorType::get());
+    v->setType(type_of(metas[0]));
     return {v};
   }
   const c10::FunctionSchema& schema = handle->schema();
@@ -64,6 +78,7 @@ torch::lazy::TSOpVector GenericNode::Lower(
   torch::jit::Node* n = graph->create(
       c10::Symbol::fromQualString(schema.name()), inputs, schema.returns().size());
   graph->insertNode(n);
+  n->setSourceRange(source_range);
   for (size_t i = 0; i < schema.returns().size(); ++i) {
     n->output(i)->setType(
         list_lengths[i] < 0 ? c10::TypePtr(c10::TensorType::get())
@@ -87,6 +102,9 @@ torch::lazy::TSOpVector GenericNode::Lower(
     for (Value* v : unpack->outputs()) {
       outputs.push_back(v);
     }
+  }
+  for (size_t i = 0; i < metas.size(); ++i) {
+    outputs[i]->setType(type_of(metas[i]));
   }
   if (outputs.empty()) {
     // An operator without tensor outputs: keep LTC's "one output at least".
@@ -134,6 +152,7 @@ Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots) {
       continue;
     }
     GenericNode& n = recorder.node(i);
+    n.source_range = recorder.source_range(n.source);
     context.Lower(&n);
   }
   result.graph = context.graph();

@@ -352,6 +352,21 @@ std::string Recorder::describe(const SourceLocation& source) const {
   return std::string(file == nullptr ? "?" : file) + ":" + std::to_string(source.line);
 }
 
+torch::jit::SourceRange Recorder::source_range(const SourceLocation& source) {
+  if (source.code == nullptr) {
+    return {};
+  }
+  auto [it, fresh] = source_ranges.try_emplace({source.code, source.line});
+  if (fresh) {
+    // The range's text is the location itself: that is what a jit node gives back.
+    std::string text = describe(source);
+    const size_t length = text.size();
+    it->second = torch::jit::SourceRange(
+        std::make_shared<torch::jit::Source>(std::move(text)), 0, length);
+  }
+  return it->second;
+}
+
 bool Recorder::is_liftable(const at::Tensor& t) const {
   if (!t.defined() || is_wrapped_number(t) || as_capture(t) != nullptr) {
     return false;

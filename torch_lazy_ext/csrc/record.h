@@ -7,8 +7,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/TensorImpl.h>
+#include <torch/csrc/jit/frontend/source_range.h>
 #include <torch/csrc/lazy/ts_backend/ts_node.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -83,6 +85,7 @@ class GenericNode : public torch::lazy::TsNode {
   std::vector<TensorMeta> metas; // one per output tensor
   std::vector<int64_t> list_lengths; // per schema return: -1, or length of Tensor[]
   SourceLocation source;
+  torch::jit::SourceRange source_range; // `source` for the lowered node
   int64_t id = -1; // position in program order
   bool random = false;
   bool depends_on_input = false;
@@ -165,6 +168,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
     return *nodes[id];
   }
   std::string describe(const SourceLocation& source) const;
+  torch::jit::SourceRange source_range(const SourceLocation& source);
   SourceLocation current_source();
 
   std::vector<std::shared_ptr<GenericNode>> nodes;
@@ -175,6 +179,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   // operator -> (count, where) for operators the fallback config names
   std::vector<std::tuple<std::string, int64_t, std::string>> fallbacks;
   std::unordered_map<PyCodeObject*, bool> code_is_library;
+  std::map<std::pair<PyCodeObject*, int>, torch::jit::SourceRange> source_ranges;
   std::string library_prefix;
   std::string own_prefix;
   at::Tensor rng_state; // the program's view of the default CPU generator
