@@ -522,12 +522,13 @@ _add("Mimi", "MimiModel", _float("input_values", 2, 1, 512), num_filters=4, upsa
      2], codebook_size=32, codebook_dim=16, vector_quantization_hidden_dimension=16,
      num_quantizers=4, upsample_groups=32, num_key_value_heads=2, head_dim=8, sampling_rate=200,
      sliding_window=6, frame_rate=12.5, **H)
-_add("VITS", "VitsModel", _text(6), varies=True, rng=True, hidden_size=16, flow_size=16,
-     num_hidden_layers=2, ffn_dim=32, spectrogram_bins=9, upsample_initial_channel=16,
-     upsample_rates=[4, 2], upsample_kernel_sizes=[8, 4], duration_predictor_filter_channels=16,
-     duration_predictor_num_flows=2, prior_encoder_num_flows=2, prior_encoder_num_wavenet_layers=2,
+_add("VITS", "VitsModel", _text(6), varies=True, rng=True, vocab_size=VOCAB, hidden_size=16,
+     flow_size=16, num_hidden_layers=2, ffn_dim=32, spectrogram_bins=9, speaking_rate=40.0,
+     upsample_initial_channel=16, upsample_rates=[4, 2], upsample_kernel_sizes=[8, 4],
+     duration_predictor_filter_channels=16, duration_predictor_num_flows=2,
+     prior_encoder_num_flows=2, prior_encoder_num_wavenet_layers=2,
      posterior_encoder_num_wavenet_layers=2, resblock_kernel_sizes=[3],
-     resblock_dilation_sizes=[[1, 3]], vocab_size=VOCAB)
+     resblock_dilation_sizes=[[1, 3]])
 _add("UnivNet", "UnivNetModel", _float("input_features", 2, 7, 16), rng=True, model_in_channels=8,
      model_hidden_channels=8, num_mel_bins=16, kernel_predictor_hidden_channels=8)
 _add("FastSpeech2-Conformer", "FastSpeech2ConformerModel", TEXT, varies=True, hidden_size=16,
@@ -561,8 +562,9 @@ _add("ViLT", "ViltModel", _all(TEXT, IMAGE32), rng=True, **ENC, image_size=32, p
 _add("Perceiver", "PerceiverModel", _all(_float("inputs", 2, 12, 16), _mask(12)), num_latents=5,
      d_latents=32, d_model=16, num_self_attends_per_block=2, num_self_attention_heads=2,
      num_cross_attention_heads=2)
-_add("LLaVA", "LlavaForConditionalGeneration", _captioned(16, 20), image_token_index=98, image_seq_length=16, text_config=dict(DEC,
-     model_type="llama"), vision_config=dict(VIT, model_type="clip_vision_model"))
+_add("LLaVA", "LlavaForConditionalGeneration", _captioned(16, 20), image_token_index=VOCAB - 1,
+     image_seq_length=16, text_config=dict(DEC, model_type="llama"),
+     vision_config=dict(VIT, model_type="clip_vision_model"))
 _add("GIT", "GitModel", _all(TEXT, IMAGE32), vision_config=VIT, **ENC)
 _add("MGP-STR", "MgpstrForSceneTextRecognition", IMAGE32, image_size=[32, 32], hidden_size=32,
      num_hidden_layers=2, num_attention_heads=4, max_token_length=5, num_character_labels=8,

@@ -2,7 +2,7 @@
 """Times extracted graphs beside eager, jit.trace + freeze and torch.compile, in one process.
 
     python tools/benchmark/benchmark.py
-    python tools/benchmark/benchmark.py --models mlp mlp_guard --contestants lazy --rounds 50
+    python tools/benchmark/benchmark.py --models mlp mlp_guard --contestants lazy --rounds 500
     python tools/benchmark/benchmark.py --contestants lazy compile compile-fastest --json out.json
 
 Prints, for inference without gradients:
@@ -25,6 +25,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -180,9 +181,9 @@ def report(results: Results) -> None:
 
     rows = []
     for model, row in results.items():
-        base = row["compile"].build_s if "compile" in row else None
+        base = row["compile"].build_s if "compile" in row else math.nan
         builds = [r.build_s for name, r in row.items() if name != EAGER.name]
-        rows.append([model, *(f"{s:.4f}" + (f" (1/{base / s:.0f})" if base else "") for s in builds)])
+        rows.append([model, *(f"{s:.4f} ({s / base:.4f})" for s in builds)])
     print_table("seconds to the first result (ratio to compile)", ["model", *names[1:]], rows)
 
 
@@ -204,13 +205,13 @@ def main() -> None:
         default=["torchscript"],
         help="the backends of torch_lazy_ext to time; default: torchscript",
     )
-    parser.add_argument("--rounds", type=int, default=25, help="default: 25")
+    parser.add_argument("--rounds", type=int, default=100, help="default: 100")
     parser.add_argument(
         "--min-time",
         type=float,
-        default=0.02,
+        default=0.005,
         metavar="SECONDS",
-        help="the least a round of one contestant takes; default: 0.02",
+        help="the least a round of one contestant takes; default: 0.005",
     )
     parser.add_argument("--threads", type=int, default=1, help="of each operator; default: 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")

@@ -723,7 +723,6 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
       // No meta kernel, or the program's own mistake: the real operator decides, and
       // an error of the program leaves as the operator's own exception.
       use_real = true;
-      PyErr_CheckSignals();
     }
   }
 
