@@ -1,4 +1,9 @@
-"""Clean: the jit's own passes over a lowered graph, as a list one can read top to bottom."""
+"""Clean: the jit's own passes over a lowered graph, as a list one can read top to bottom.
+
+Dead nodes and common subexpressions are gone before: lowering knows what the jit's passes cannot,
+that a random operator moves the generator also when nobody uses its numbers, and that two results
+must not become one tensor.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,6 @@ import torch
 Pass = Callable[[torch._C.Graph], object]
 
 PASSES: list[tuple[str, Pass]] = [
-    ("common subexpressions", torch._C._jit_pass_cse),
-    ("dead code", torch._C._jit_pass_dce),
     ("constant pooling", torch._C._jit_pass_constant_pooling),
 ]
 

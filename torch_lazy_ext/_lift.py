@@ -1,15 +1,19 @@
-"""Lift: where each eager tensor of a program lives, so that a replay reads it again.
+"""Lift: where each eager tensor and each plain value of a program lives.
 
 The recorder lifts any eager tensor that reaches an operator, by identity. What it cannot know is
-how the program came to that tensor. `StateIndex` walks what the program can reach (its module
-tree, closure, globals and default arguments) and remembers for each tensor the dictionary, list or
-cell that holds it: a replay looks there, and so sees `load_state_dict`, `p.data = ...` and a
-replaced `Parameter`.
+how the program came to that tensor. `State` walks what the program can reach (its modules, the
+objects they hold, closures, globals and default arguments) and remembers for each tensor the
+dictionary, list or cell that holds it: a replay looks there, and so sees `load_state_dict`,
+`p.data = ...` and a replaced `Parameter`. It also knows what those containers held before the
+program ran, so that what the program did to them can be taken back, and done again by a replay.
 """
 
 from __future__ import annotations
 
+import collections
+import dis
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,20 +21,28 @@ from typing import Any
 import torch
 from torch import nn
 
-# Values compared with == between calls. Everything else a program reads is either walked into
-# or held by identity.
-SIMPLE_TYPES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+from torch_lazy_ext import _tree
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "<nothing>"
+
+    def __deepcopy__(self, memo: Any) -> _Missing:
+        return self
+
+
+MISSING = _Missing()
 
 
 class Slot:
-    """One place that holds a value: `owner[key]`, or a closure cell.
+    """One place that holds a value: `owner[key]`, an attribute in a `__slots__`, or a cell.
 
-    `read()` returns what is there now, or `MISSING`.
+    Attributes:
+        name: the path to it from the program, for texts.
     """
 
     __slots__ = ("owner", "key", "name")
-
-    MISSING = object()
 
     def __init__(self, owner: Any, key: Any, name: str) -> None:
         self.owner = owner
@@ -38,43 +50,111 @@ class Slot:
         self.name = name
 
     def read(self) -> Any:
+        """What is there now, or `MISSING`."""
         owner = self.owner
         if isinstance(owner, dict):
             # Not the method: a subclass may give it another meaning.
-            return dict.get(owner, self.key, Slot.MISSING)
+            return dict.get(owner, self.key, MISSING)
         if isinstance(owner, types.CellType):
             try:
                 return owner.cell_contents
             except ValueError:
-                return Slot.MISSING
-        try:
-            return owner[self.key]
-        except IndexError:
-            return Slot.MISSING
+                return MISSING
+        if isinstance(owner, (list, tuple, collections.deque)):
+            try:
+                return owner[self.key]
+            except IndexError:
+                return MISSING
+        return getattr(owner, self.key, MISSING)
+
+    def write(self, value: Any) -> None:
+        """Put `value` there, or nothing when it is `MISSING`."""
+        owner = self.owner
+        if isinstance(owner, dict):
+            base = collections.OrderedDict if isinstance(owner, collections.OrderedDict) else dict
+            if value is not MISSING:
+                base.__setitem__(owner, self.key, value)
+            elif dict.__contains__(owner, self.key):
+                base.__delitem__(owner, self.key)
+        elif isinstance(owner, types.CellType):
+            if value is MISSING:
+                del owner.cell_contents
+            else:
+                owner.cell_contents = value
+        elif isinstance(owner, (list, collections.deque)):
+            owner[self.key] = value
+        elif value is MISSING:
+            object.__delattr__(owner, self.key)
+        else:
+            object.__setattr__(owner, self.key, value)
 
     def __repr__(self) -> str:
         return f"Slot({self.name})"
 
 
-class StateIndex:
-    """The tensors, plain values and module dictionaries that a callable can reach.
+class Change:
+    """A slot that the program wrote, or a list it changed (`key` is None: all of the content)."""
+
+    __slots__ = ("owner", "key", "value")
+
+    def __init__(self, owner: Any, key: Any, value: Any) -> None:
+        self.owner = owner
+        self.key = key
+        self.value = value
+
+
+class State:
+    """What a callable can reach, and what it held when the walk was made.
 
     Attributes:
-        tensors: id of a tensor -> its `Slot`, for tensors found on the walk.
-        values: slots of plain Python values, with the value found.
+        tensors: id of a tensor -> the tensor and the `Slot` that holds it.
         modules: every `nn.Module` found, in order of discovery.
+        values: slots of everything else, with what they held.
+        containers: the mutable containers, each with its content: `{key: value}` or a list.
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    def __init__(self, *roots: Any) -> None:
         self.tensors: dict[int, tuple[torch.Tensor, Slot]] = {}
-        self.values: list[tuple[Slot, Any]] = []
         self.modules: list[nn.Module] = []
+        self.values: list[tuple[Slot, Any]] = []
+        self.containers: list[tuple[Any, Any]] = []
         self._seen: dict[int, Any] = {}
-        self._walk(fn, "")
+        self._methods: dict[type, dict[str, types.FunctionType]] = {}
+        self._names = {"forward", "__call__"}  # attributes that functions of the program name
+        self._single: list[tuple[Slot, Any]] = []  # cells, globals, attributes in slots
+        for root in roots:
+            self._walk(root, "")
+
+    def knows(self, value: Any) -> bool:
+        """Whether this very object was there before the program ran."""
+        return self._seen.get(id(value)) is value
 
     def slot_of(self, tensor: torch.Tensor) -> Slot | None:
         found = self.tensors.get(id(tensor))
         return None if found is None else found[1]
+
+    # ------------------------------------------------------------------ changes
+
+    def take_back(self) -> list[Change]:
+        """Undo what was done to the containers since the walk, and say what it was."""
+        changes: list[Change] = []
+        for container, before in self.containers:
+            if isinstance(container, dict):
+                changes.extend(_restore_dict(container, before))
+            elif len(container) != len(before) or any(
+                a is not b for a, b in zip(container, before)
+            ):
+                changes.append(Change(container, None, list(container)))
+                container.clear()
+                container.extend(before)
+        for slot, before in self._single:
+            now = slot.read()
+            if now is not before:
+                changes.append(Change(slot.owner, slot.key, now))
+                slot.write(before)
+        return changes
+
+    # --------------------------------------------------------------------- walk
 
     def _walk(self, root: Any, name: str) -> None:
         stack: list[tuple[Any, str]] = [(root, name)]
@@ -88,8 +168,8 @@ class StateIndex:
     def _children(self, value: Any, name: str) -> Iterator[tuple[Any, str]]:
         if isinstance(value, functools.partial):
             yield value.func, name
-            yield from self._slots(list(value.args), name)
-            yield from self._slots(value.keywords, name)
+            yield from self._items(value.args, name)
+            yield from self._items(value.keywords, name)
         elif isinstance(value, types.MethodType):
             yield value.__self__, "self"
             yield value.__func__, name
@@ -97,60 +177,137 @@ class StateIndex:
             yield from self._function(value, name)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
-            for part in ("_parameters", "_buffers"):
-                yield from self._slots(value.__dict__[part], name)
-            yield from self._slots(
-                value.__dict__, name, skip=("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-            )
-            for key, child in value.__dict__["_modules"].items():
-                if child is not None:
-                    yield child, f"{name}.{key}" if name else key
-            forward = type(value).forward
-            if isinstance(forward, types.FunctionType) and not _is_library(forward):
-                yield forward, name
-        elif isinstance(value, dict):
-            yield from self._slots(value, name)
-        elif isinstance(value, (list, tuple)):
-            yield from self._slots(value, name)
+            yield from self._items(value.__dict__, name)
+            yield from self._class(type(value), name)
+        elif isinstance(value, (dict, list, tuple, collections.deque)):
+            if len(value) <= 10_000:
+                yield from self._items(value, name)
+            if hasattr(value, "__dict__"):
+                yield from self._items(value.__dict__, name)
+        elif _tree.parts(value) is not None:
+            own = getattr(value, "__dict__", None)
+            if own is not None:
+                yield from self._items(own, name)
+            for key in _tree._attributes(value):
+                if own is None or key not in own:
+                    yield from self._slot(Slot(value, key, _join(name, key)), single=True)
+            yield from self._class(type(value), name)
+
+    def _class(self, cls: type, name: str) -> Iterator[tuple[Any, str]]:
+        """The methods of a class that some function of the program may call, by their names."""
+        if cls in self._methods:
+            return
+        methods: dict[str, types.FunctionType] = {}
+        for base in reversed(cls.__mro__):
+            if not _is_library(base):
+                found = vars(base).items()
+                methods.update((k, v) for k, v in found if isinstance(v, types.FunctionType))
+        self._methods[cls] = methods
+        yield from ((m, name) for k, m in methods.items() if k in self._names)
 
     def _function(self, fn: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
         if _is_library(fn):
             return
         for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
-            yield from self._slot(Slot(cell, None, key))
-        for default in (fn.__defaults__ or ()):
+            yield from self._slot(Slot(cell, None, key), single=True)
+        for default in fn.__defaults__ or ():
             yield default, name
-        yield from self._slots(fn.__kwdefaults__ or {}, name)
-        for key in _global_names(fn.__code__):
-            if key in fn.__globals__:
-                yield from self._slot(Slot(fn.__globals__, key, key))
+        if fn.__kwdefaults__:
+            yield from self._items(fn.__kwdefaults__, name)
+        global_names, written, names = _names(fn.__code__)
+        for key in global_names:
+            if key in fn.__globals__ or key in written:
+                yield from self._slot(Slot(fn.__globals__, key, key), single=True)
+        for key in names - self._names:
+            self._names.add(key)
+            yield from ((m[key], name) for m in self._methods.values() if key in m)
 
-    def _slots(self, owner: Any, name: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[Any, str]]:
-        items = list(owner.items()) if isinstance(owner, dict) else list(enumerate(owner))
-        for key, _ in items:
-            if key not in skip:
-                yield from self._slot(Slot(owner, key, f"{name}.{key}" if name else str(key)))
+    def _items(self, owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+        if isinstance(owner, dict):
+            items = dict(dict.items(owner))
+            self.containers.append((owner, items))
+            for key in items:
+                yield from self._slot(Slot(owner, key, _join(name, key)))
+            return
+        values = list(owner)
+        if not isinstance(owner, tuple):
+            self.containers.append((owner, values))
+        for key in range(len(values)):
+            yield from self._slot(Slot(owner, key, _join(name, key)))
 
-    def _slot(self, slot: Slot) -> Iterator[tuple[Any, str]]:
+    def _slot(self, slot: Slot, single: bool = False) -> Iterator[tuple[Any, str]]:
         value = slot.read()
+        if single:
+            self._single.append((slot, value))
         if isinstance(value, torch.Tensor):
             self.tensors.setdefault(id(value), (value, slot))
-        elif isinstance(value, SIMPLE_TYPES):
-            self.values.append((slot, value))
-        elif isinstance(
-            value, (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, functools.partial)
-        ):
-            yield value, slot.name
+            return
+        self.values.append((slot, value))
+        if type(value) not in _tree.SIMPLE_TYPES:
+            name = slot.name
+            # `net._modules.layer` is `net.layer` to the user.
+            for part in ("_modules.", "_parameters.", "_buffers."):
+                name = name.replace(part, "")
+            yield value, name
 
 
-@functools.lru_cache(maxsize=None)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    names = dict.fromkeys(code.co_names)
+def _restore_dict(container: dict[Any, Any], before: dict[Any, Any]) -> Iterator[Change]:
+    now = dict(dict.items(container))
+    if len(now) == len(before) and all(
+        k in now and now[k] is v for k, v in before.items()
+    ):
+        return
+    for key, value in now.items():
+        if key not in before or before[key] is not value:
+            yield Change(container, key, value)
+    for key in before:
+        if key not in now:
+            yield Change(container, key, MISSING)
+    base: Any = collections.OrderedDict if isinstance(container, collections.OrderedDict) else dict
+    base.clear(container)
+    for key, value in before.items():
+        base.__setitem__(container, key, value)
+
+
+def _join(name: str, key: Any) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
+    """Globals that a function reads or writes, those it writes, and all names it uses."""
+    read: dict[str, None] = {}
+    written: set[str] = set()
+    extended = 0
+    for op, arg in zip(code.co_code[::2], code.co_code[1::2]):
+        arg |= extended << 8
+        if op == dis.EXTENDED_ARG:
+            extended = arg
+            continue
+        extended = 0
+        if op == _LOAD_GLOBAL:
+            read[code.co_names[arg >> _LOAD_GLOBAL_SHIFT]] = None
+        elif op == _LOAD_NAME:
+            read[code.co_names[arg]] = None
+        elif op == _STORE_GLOBAL:
+            read[code.co_names[arg]] = None
+            written.add(code.co_names[arg])
+    names = set(code.co_names)
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            names.update(dict.fromkeys(_global_names(const)))
-    return tuple(names)
+            inner_read, inner_written, inner_names = _names(const)
+            read.update(dict.fromkeys(inner_read))
+            written |= inner_written
+            names |= inner_names
+    return tuple(read), frozenset(written), frozenset(names)
 
 
-def _is_library(fn: types.FunctionType) -> bool:
-    return (fn.__module__ or "").partition(".")[0] in ("torch", "torch_lazy_ext")
+_LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
+_LOAD_GLOBAL_SHIFT = 1 if sys.version_info >= (3, 11) else 0  # the low bit says "for a call"
+_LOAD_NAME = dis.opmap["LOAD_NAME"]
+_STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
+
+
+def _is_library(thing: Callable[..., Any] | type) -> bool:
+    root = (thing.__module__ or "").partition(".")[0]
+    return root in ("torch", "torch_lazy_ext", "builtins")

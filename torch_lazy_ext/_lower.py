@@ -1,61 +1,115 @@
 """Lower: from a recording to roots, and from roots to a TorchScript graph.
 
-The roots of a graph are, in this order: the new value of every lifted tensor that the program
-mutated, the values of its results, the values it assigned to attributes, and the guards.
+The roots of a graph are, in this order: the values of the program's results and of what it
+assigned, the new value of every lifted tensor that it mutated, and the guards.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from torch_lazy_ext import _C
-from torch_lazy_ext._errors import UnsupportedError
-from torch_lazy_ext._record import DELETED, Recording
+from torch_lazy_ext import _C, _lift, _tree
+from torch_lazy_ext._record import Recording
 
 
-@dataclasses.dataclass
+class SharedStorage(Exception):  # noqa: N818 - a request, not an error
+    """The program writes to memory that it reads through several tensors: lift them as views."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+
+# ------------------------------------------------- where a replay takes a result from
+
+
+@dataclasses.dataclass(eq=False)
 class FromLifted:
-    """A result that is a lifted tensor itself."""
+    """A lifted tensor itself."""
 
     index: int
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class FromRoot:
-    """A result that is an output of the graph."""
+    """An output of the graph; `alias`: not the object that the graph gives, for that is another."""
 
     root: int
     requires_grad: bool = False
+    alias: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class FromView:
-    """A result that shares memory with a lifted tensor or with another result."""
+    """A view of a lifted tensor or of an output."""
 
     base: FromLifted | FromRoot
     views: _C.ViewSequence
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class FromConstant:
-    """A result over memory that the program made from Python data: a new copy on each call."""
+    """Memory that the program made from Python data: a new copy on each call."""
 
     index: int
     views: _C.ViewSequence
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Constant:
-    """A result that is not a tensor."""
+    """Something that is the same object on each call."""
 
     value: Any
 
 
-Source = FromLifted | FromRoot | FromView | FromConstant | Constant
+@dataclasses.dataclass(eq=False)
+class Copied:
+    """Something the program makes on each call, without tensors: a new copy."""
+
+    value: Any
+
+
+@dataclasses.dataclass(eq=False)
+class FromArgument:
+    """A container of the arguments: the caller's own object."""
+
+    position: int
+
+
+@dataclasses.dataclass(eq=False)
+class Built:
+    """A container that the program makes on each call."""
+
+    shape: _tree.Shape
+    children: list[Any]
+
+
+Source = (
+    FromLifted | FromRoot | FromView | FromConstant | Constant | Copied | FromArgument | Built
+)
+
+
+@dataclasses.dataclass
+class Write:
+    """What a call leaves in a lifted tensor.
+
+    Attributes:
+        index: the lifted tensor.
+        root: its new value, or None when only its metadata or version changed.
+        bumps: how often eager would have bumped its version counter.
+        meta: sizes, strides and storage offset relative to the old one, when they change.
+        source: what replaces its storage (`Tensor.set_`).
+    """
+
+    index: int
+    root: int | None
+    bumps: int
+    meta: tuple[list[int], list[int], int] | None = None
+    source: Source | None = None
 
 
 @dataclasses.dataclass
@@ -68,15 +122,29 @@ class ValueGuard:
 
 @dataclasses.dataclass
 class Lowered:
+    """A lowered graph and what belongs around it.
+
+    Attributes:
+        parameters: for each input of the graph, the index of the lifted tensor.
+        lifted: (the user's tensor, whether it is a constant, index of its storage's input or -1).
+        result: how to put the result together.
+        refills: (position of an argument's container, its new content).
+        effects: (owner, key or None for all of a list, source or MISSING): changes of state.
+        assigned: (lifted index, source): assignments to `tensor.data`.
+    """
+
     graph: torch._C.Graph
-    parameters: list[int]  # for each graph input, the index of the lifted tensor
-    lifted: list[tuple[torch.Tensor, torch.Tensor, bool, int]]
-    writes: list[tuple[int, int]]  # (lifted index, root): the new value of a mutated tensor
-    outputs: list[Source]
-    out_spec: pytree.TreeSpec
-    effects: list[tuple[dict[str, Any], str, Source | None]]
+    roots: list[_C.ValueRef]
+    parameters: list[int]
+    lifted: list[tuple[torch.Tensor, bool, int]]
+    writes: list[Write]
+    result: Source
+    refills: list[tuple[int, Built]]
+    effects: list[tuple[Any, Any, Any]]
+    assigned: list[tuple[torch.Tensor, Source]]
     guards: list[ValueGuard]
-    recorder: _C.Recorder
+    generators: list[torch.Generator]
+    uses_storage_offset: bool
 
 
 class _Roots:
@@ -91,85 +159,189 @@ class _Roots:
         return self._index[value]
 
 
-def lower(recording: Recording) -> Lowered:
-    """Choose the roots of a recording and lower them to one graph."""
+def lower(recording: Recording, state: _lift.State) -> Lowered:
+    """Choose the roots of a recording and lower them to one graph.
+
+    Raises:
+        SharedStorage: the capture has to be repeated with these tensors lifted as views.
+    """
     recorder = recording.recorder
-    leaves, out_spec = pytree.tree_flatten(recording.result)
-    lifted = recorder.lifted()
     roots = _Roots()
-
-    writes = []
-    for index, (tensor, twin, constant, _node) in enumerate(lifted):
-        about = recorder.describe(twin)
-        if about.storage_changed or (about.metadata_mutated and not constant):
-            raise UnsupportedError(
-                f"the program changes the shape or the storage of a tensor of shape "
-                f"{tuple(tensor.shape)} that it was given (set_, resize_, t_, squeeze_, ...): use "
-                "the out-of-place operator and return the result"
-            )
-        if about.mutated and not constant:
-            writes.append((index, roots.add(about.value)))
-
-    # How many results, and which, share the memory of a storage that was mutated.
-    sources = _Sources(recorder, lifted, roots)
-    assigned = [e.value for e in recording.effects if e.value is not DELETED]
-    assigned_leaves = [pytree.tree_flatten(v) for v in assigned]
-    everything = leaves + [leaf for flat, _ in assigned_leaves for leaf in flat]
-    sources.count(everything)
-    outputs = [sources.of(leaf) for leaf in leaves]
-    effects: list[tuple[dict[str, Any], str, Source | None]] = []
-    for effect in recording.effects:
-        if effect.value is DELETED:
-            effects.append((effect.owner, effect.key, None))
+    sources = _Sources(recording, state, roots)
+    result = sources.of(recording.result)
+    refills = [(i, sources.build(c)) for i, c in recording.refilled.items()]
+    effects = []
+    for change in recording.changes:
+        if change.key is None:
+            effects.append((change.owner, None, sources.build(change.value)))
+        elif change.value is _lift.MISSING:
+            effects.append((change.owner, change.key, _lift.MISSING))
         else:
-            effects.append((effect.owner, effect.key, sources.of(effect.value)))
-
+            effects.append((change.owner, change.key, sources.of(change.value)))
+    assigned = [(tensor, sources.of(value)) for tensor, value in recording.assigned]
+    lifted = recorder.lifted()
+    writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
+    num_exposed = len(roots.values)
+    _check_sharing(recorder, lifted, writes)
     guards = [
         ValueGuard(roots.add(value), expected, is_value, source)
         for value, expected, is_value, source in recorder.guards()
     ]
-    graph, parameters = _C.lower(recorder, roots.values)
+    graph, parameters = _C.lower(recorder, roots.values, num_exposed)
+    recorder.clear_values()
     return Lowered(
-        graph, parameters, lifted, writes, outputs, out_spec, effects, guards, recorder
+        graph=graph,
+        roots=roots.values,
+        parameters=parameters,
+        lifted=[(tensor, constant, base) for tensor, _twin, constant, base in lifted],
+        writes=writes,
+        result=result,
+        refills=refills,
+        effects=effects,
+        assigned=assigned,
+        guards=guards,
+        generators=recorder.generators(),
+        uses_storage_offset=any(n.kind() == "aten::as_strided" for n in graph.nodes()),
     )
 
 
+def _write(
+    recorder: _C.Recorder,
+    lifted: list[tuple[torch.Tensor, torch.Tensor, bool, int]],
+    index: int,
+    sources: _Sources,
+    roots: _Roots,
+) -> list[Write]:
+    tensor, twin, constant, base = lifted[index]
+    if constant:
+        return []
+    about = recorder.describe(twin)
+    if about.storage_changed:
+        return [Write(index, None, about.version, source=sources.of(twin.detach()))]
+    meta = None
+    if (twin.shape, twin.stride(), twin.storage_offset()) != (
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+    ):
+        offset = twin.storage_offset() - tensor.storage_offset()
+        meta = (list(twin.shape), list(twin.stride()), offset)
+    if about.mutated and base in (-1, index):
+        return [Write(index, roots.add(about.value), about.version, meta)]
+    if about.version or meta is not None:
+        return [Write(index, None, about.version, meta)]
+    return []
+
+
+def _check_sharing(
+    recorder: _C.Recorder,
+    lifted: list[tuple[torch.Tensor, torch.Tensor, bool, int]],
+    writes: list[Write],
+) -> None:
+    """Tensors that share memory that is written to must have been lifted as views of it."""
+    storages: dict[int, list[int]] = {}
+    for i, (tensor, _twin, constant, base) in enumerate(lifted):
+        if not constant and base < 0 and tensor.numel() > 0:
+            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(i)
+    again = []
+    for write in writes:
+        tensor = lifted[write.index][0]
+        others = storages.get(tensor.untyped_storage().data_ptr(), [])
+        if write.root is not None and len(others) > 1:
+            again.extend(lifted[i][0] for i in others)
+    if again:
+        raise SharedStorage(again)
+
+
 class _Sources:
-    """Says for each result of the program where a replay takes it from."""
+    """Says for each object of the program where a replay takes it from."""
 
-    def __init__(self, recorder: _C.Recorder, lifted: list[Any], roots: _Roots) -> None:
-        self.recorder = recorder
-        self.lifted = lifted
+    def __init__(self, recording: Recording, state: _lift.State, roots: _Roots) -> None:
+        self.recorder = recording.recorder
+        self.state = state
         self.roots = roots
-        self.sharing: dict[int, int] = {}
+        self.arguments = {id(c): i for i, c in enumerate(recording.containers)}
+        self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
+        self._sharing: dict[int, int] = {}
+        self._objects: set[int] = set()  # roots that are a result already
+        everything = [recording.result, list(recording.refilled.values())]
+        everything += [c.value for c in recording.changes]
+        everything += [value for _tensor, value in recording.assigned]
+        self._count(everything)
 
-    def count(self, leaves: list[Any]) -> None:
+    def _count(self, values: list[Any]) -> None:
+        """How many tensors of the results belong to each storage."""
         seen: set[int] = set()
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in seen:
-                seen.add(id(leaf))
-                about = self.recorder.describe(leaf)
+        stack = list(values)
+        while stack:
+            value = stack.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, torch.Tensor):
+                about = self.recorder.describe(value)
                 if about.captured:
-                    self.sharing[about.storage] = self.sharing.get(about.storage, 0) + 1
+                    self._sharing[about.storage] = self._sharing.get(about.storage, 0) + 1
+                continue
+            taken = _tree.parts(value)
+            if taken is not None:
+                stack.extend(taken[1])
 
-    def of(self, leaf: Any) -> Source:
-        if not isinstance(leaf, torch.Tensor):
-            return Constant(leaf)
-        about = self.recorder.describe(leaf)
+    def of(self, value: Any) -> Source:
+        if type(value) in _tree.SIMPLE_TYPES:
+            return Constant(value)
+        known = self._known.get(id(value))
+        if known is not None:
+            return known[1]
+        if isinstance(value, torch.Tensor):
+            source = self._tensor(value)
+            self._known[id(value)] = (value, source)
+            return source
+        if id(value) in self.arguments:
+            return FromArgument(self.arguments[id(value)])
+        if self.state.knows(value):
+            return Constant(value)
+        if _tree.parts(value) is not None:
+            return self.build(value)
+        if isinstance(value, (set, frozenset, bytearray)):
+            return Copied(copy.copy(value))
+        return Constant(value)
+
+    def build(self, value: Any) -> Built:
+        """The source of a container as a new object, whatever it was before."""
+        taken = _tree.parts(value)
+        assert taken is not None
+        built = Built(taken[0], [])
+        if id(value) not in self.arguments and not self.state.knows(value):
+            self._known[id(value)] = (value, built)
+        built.children.extend(self.of(child) for child in taken[1])
+        return built
+
+    def _tensor(self, leaf: torch.Tensor) -> Source:
+        recorder = self.recorder
+        about = recorder.describe(leaf)
         if not about.captured:
+            if not recorder.is_liftable(leaf):
+                return Constant(leaf)
             # An eager tensor that met no operator (a parameter returned as it is).
-            self.recorder.lift(leaf)
-            self.lifted[:] = self.recorder.lifted()
-            about = self.recorder.describe(leaf)
+            recorder.lift(leaf)
+            about = recorder.describe(leaf)
+        lifted = recorder.lifted()
         base = about.base_lifted
-        if base >= 0 and self.lifted[base][2]:
+        if about.storage_changed and about.lifted >= 0:
+            return FromLifted(about.lifted)
+        if base >= 0 and lifted[base][2]:
             if not about.mutated:
                 return FromConstant(base, about.views)
         elif about.lifted >= 0:
             return FromLifted(about.lifted)
         elif base >= 0 and about.mutated:
             return FromView(FromLifted(base), about.views)
-        if about.mutated and self.sharing.get(about.storage, 0) > 1:
-            root = self.roots.add(self.recorder.base_value(leaf))
+        if about.mutated and self._sharing.get(about.storage, 0) > 1:
+            root = self.roots.add(recorder.base_value(leaf))
             return FromView(FromRoot(root), about.views)
-        return FromRoot(self.roots.add(about.value), about.requires_grad)
+        root = self.roots.add(about.value)
+        # `y.data` is another tensor object over the same value.
+        alias = root in self._objects or recorder.is_input(about.value)
+        self._objects.add(root)
+        return FromRoot(root, about.requires_grad, alias)

@@ -14,6 +14,7 @@ def extract_compiled_graph(
     example_kwargs: dict[str, Any] | None = None,
     *,
     limit: int = 32,
+    on_guard_failure: str = "recapture",
 ) -> CompiledGraph:
     """Capture `fn` on example arguments as one graph.
 
@@ -21,7 +22,11 @@ def extract_compiled_graph(
         fn: an `nn.Module`, `fx.GraphModule`, function, bound method or partial.
         example_args: the positional arguments, any pytree each.
         example_kwargs: the keyword arguments.
-        limit: how many variants (other shapes, dtypes, Python values, ...) are kept.
+        limit: how many variants (other shapes, dtypes, Python values, ways of the data) are kept.
+            The least recently used one goes first; when the data alone would need more, such calls
+            run eagerly, with one warning.
+        on_guard_failure: what to do when the data takes a way that no variant took: "recapture",
+            run this call in "eager", or raise a GuardError ("error").
 
     Returns:
         A callable with the program's own signature.
@@ -29,6 +34,6 @@ def extract_compiled_graph(
     Raises:
         ExtractionError: the program cannot be captured; the message names the operator and line.
     """
-    graph = CompiledGraph(fn, limit=limit)
+    graph = CompiledGraph(fn, limit=limit, on_guard_failure=on_guard_failure)
     graph._capture(tuple(example_args), dict(example_kwargs or {}))
     return graph

@@ -152,7 +152,7 @@ graph(%0 : float32[2, 3], %1 : float32[2, 3]):
   %2 : float32[2, 3] = aten::sub.Tensor(%0, %1)
   %3 : float32[2, 3] = aten::sub.Tensor(%1, 1)
   %4 : float32[2, 3] = aten::add.Tensor(%1, 1)
-  return (%2, %3, %4)
+  return (%3, %4, %2)
 """)
 
 

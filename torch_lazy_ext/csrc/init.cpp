@@ -31,6 +31,7 @@ struct Described {
   bool metadata_mutated = false;
   bool storage_changed = false;
   bool requires_grad = false;
+  int64_t version = 0;
   ValueRef value;
   ViewSequence views;
 };
@@ -38,13 +39,14 @@ struct Described {
 Described describe_tensor(Recorder& r, const at::Tensor& t) {
   Described d;
   auto original = r.input_by_impl.find(t.unsafeGetTensorImpl());
-  const at::Tensor& seen =
-      original == r.input_by_impl.end() ? t : r.inputs[original->second].twin;
+  auto rebound = r.rebound.find(t.unsafeGetTensorImpl());
+  const at::Tensor& seen = rebound != r.rebound.end() ? rebound->second.second
+      : original != r.input_by_impl.end()             ? r.inputs[original->second].twin
+                                                      : t;
   if (!fi::isFunctionalTensor(seen)) {
     return d;
   }
   Recorder::Resume resume(r);
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::DeferredInit);
   fi::sync(seen);
   auto* wrapper = fi::unsafeGetFunctionalWrapper(seen);
   CaptureTensorImpl* c = as_capture(wrapper->value());
@@ -56,6 +58,7 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
   if (twin != r.input_by_twin.end()) {
     d.lifted = static_cast<int64_t>(twin->second);
   }
+  d.version = static_cast<int64_t>(seen._version());
   auto* storage = wrapper->unsafe_storage().unsafeGetStorageImpl();
   d.storage = reinterpret_cast<uintptr_t>(storage);
   for (size_t i = 0; i < r.inputs.size(); ++i) {
@@ -77,7 +80,6 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
 // The value of the base of the storage that `t` belongs to, all updates applied.
 ValueRef base_value(Recorder& r, const at::Tensor& t) {
   Recorder::Resume resume(r);
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::DeferredInit);
   fi::sync(t);
   auto* wrapper = fi::unsafeGetFunctionalWrapper(t);
   wrapper->apply_updates();
@@ -116,6 +118,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("metadata_mutated", &Described::metadata_mutated)
       .def_readonly("storage_changed", &Described::storage_changed)
       .def_readonly("requires_grad", &Described::requires_grad)
+      .def_readonly("version", &Described::version)
       .def_readonly("value", &Described::value)
       .def_readonly("views", &Described::views);
 
@@ -124,12 +127,36 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("strides", &TensorMeta::strides)
       .def_property_readonly("dtype", [](const TensorMeta& t) { return t.dtype; });
 
+  py::class_<Checked>(m, "Checked")
+      .def_readonly("values", &Checked::values)
+      .def_readonly("complete", &Checked::complete)
+      .def_readonly("learned", &Checked::learned);
+
   py::class_<Recorder, std::shared_ptr<Recorder>>(m, "Recorder")
       .def(py::init<>())
       .def("enter", &Recorder::enter)
       .def("exit", &Recorder::exit)
       .def("lift", &Recorder::lift, py::arg("tensor"), py::arg("constant") = false)
+      .def(
+          "share_storage",
+          [](Recorder& r, const at::Tensor& t) {
+            r.shared_storages.insert(t.storage().unsafeGetStorageImpl());
+          },
+          "Lift every tensor over the storage of this one as a view of the storage.")
+      .def("check_generator", &Recorder::check_generator)
+      .def(
+          "run_checked",
+          [](Recorder& r,
+             const std::vector<ValueRef>& roots,
+             const std::vector<int64_t>& parameters,
+             const std::vector<at::Tensor>& tensors) {
+            py::gil_scoped_release no_gil;
+            return r.run_checked(roots, parameters, tensors);
+          })
       .def("is_liftable", &Recorder::is_liftable)
+      .def("rebind", &Recorder::rebind)
+      .def("twin_of", &Recorder::twin_of)
+      .def("generators", &Recorder::generators)
       .def("describe", &describe_tensor)
       .def("base_value", &base_value)
       .def(
@@ -154,7 +181,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const Recorder& r) {
             py::list out;
             for (const LiftedInput& i : r.inputs) {
-              out.append(py::make_tuple(i.tensor, i.twin, i.constant, i.node));
+              out.append(py::make_tuple(i.tensor, i.twin, i.constant, i.base));
             }
             return out;
           })
@@ -180,10 +207,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             GenericNode& n = r.node(id);
             return py::make_tuple(
                 n.kind == NodeKind::Input ? std::string("lifted")
-                                          : c10::toString(n.handle->operator_name()),
+                                          : c10::toString(n.call->op.operator_name()),
                 n.metas,
-                r.describe(n.source));
+                n.call ? r.describe(n.call->source) : std::string());
           })
+      .def(
+          "is_input",
+          [](Recorder& r, const ValueRef& v) { return r.node(v.node).kind == NodeKind::Input; })
+      .def(
+          "clear_values",
+          [](Recorder& r) {
+            for (auto& n : r.nodes) {
+              n->values.clear();
+            }
+          })
+      .def(
+          "depends_on_input",
+          [](Recorder& r, const ValueRef& v) { return r.node(v.node).depends_on_input; })
       .def("__len__", [](const Recorder& r) { return r.nodes.size(); });
 
   py::class_<Program>(m, "Program")
@@ -191,9 +231,32 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("graph", &Program::graph);
 
-  m.def("lower", [](Recorder& r, const std::vector<ValueRef>& roots) {
-    Lowered l = lower(r, roots);
-    return py::make_tuple(l.graph, l.parameters);
+  m.def(
+      "lower",
+      [](Recorder& r, const std::vector<ValueRef>& roots, size_t num_exposed) {
+        Lowered l = lower(r, roots, num_exposed);
+        return py::make_tuple(l.graph, l.parameters);
+      },
+      py::arg("recorder"),
+      py::arg("roots"),
+      py::arg("num_exposed"));
+  m.def(
+      "standalone",
+      [](const py::function& fn, const py::args& args, const py::kwargs& kwargs) {
+        StandaloneGuard alone;
+        return fn(*args, **kwargs);
+      },
+      "Call `fn` as if there were no capture, no autograd and no mode of any kind.");
+  m.def("whole_storage", &whole_storage);
+  m.def("set_unsupported_error", [](const py::object& type) { set_unsupported_type(type.ptr()); });
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) {
+        std::rethrow_exception(p);
+      }
+    } catch (Unsupported& e) {
+      PyErr_SetString(e.python_type(), e.what());
+    }
   });
   m.def("is_capture_tensor", [](const at::Tensor& t) {
     return fi::isFunctionalTensor(t)

@@ -1,4 +1,3 @@
-// Stage "lower": the recorded nodes, in program order, as a torch::jit::Graph.
 #include "lower.h"
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -22,118 +21,192 @@ c10::TypePtr type_of(const TensorMeta& m) {
       std::nullopt);
 }
 
+// The output of the node that owns the memory of `v`, through views.
+ValueRef owner_of(Recorder& recorder, ValueRef v, const std::function<void(int64_t)>& visit) {
+  while (true) {
+    visit(v.node);
+    const GenericNode& n = recorder.node(v.node);
+    if (n.kind == NodeKind::Input) {
+      return v;
+    }
+    const c10::FunctionSchema& schema = n.call->op.schema();
+    bool found = false;
+    for (size_t i = 0; i < schema.arguments().size() && !found; ++i) {
+      const Argument& a = n.call->arguments[i];
+      const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
+      if (a.kind == ArgKind::Tensor && alias != nullptr && !alias->isWrite()) {
+        v = a.values[0];
+        found = true;
+      }
+    }
+    if (!found) {
+      return v;
+    }
+  }
+}
+
+class Lowering {
+ public:
+  Lowering(
+      const GenericNode& node,
+      const std::shared_ptr<Graph>& graph,
+      torch::lazy::TSLoweringContext& context)
+      : call_(*node.call), node_(node), graph_(graph), context_(context) {}
+
+  torch::lazy::TSOpVector run() {
+    std::vector<Value*> inputs;
+    for (size_t i = 0; i < call_.arguments.size(); ++i) {
+      inputs.push_back(argument(i));
+    }
+    std::vector<Value*> written;
+    for (size_t i : call_.mutated) {
+      inputs[i] = copy(inputs[i], call_.arguments[i]);
+      written.push_back(inputs[i]);
+    }
+    torch::jit::Node* n = create(inputs);
+    torch::lazy::TSOpVector outputs;
+    size_t result = 0;
+    auto add = [&](Value* v) {
+      const int64_t length = node_.list_lengths[result++];
+      if (length == -1) {
+        v->setType(c10::TensorType::get());
+        outputs.push_back(v);
+      } else if (length >= 0) {
+        v->setType(c10::ListType::ofTensors());
+        torch::jit::Node* unpack = graph_->insertNode(graph_->createListUnpack(v, length));
+        for (Value* element : unpack->outputs()) {
+          outputs.push_back(element);
+        }
+      } else {
+        v->setType(call_.op.schema().returns()[result - 1].type());
+      }
+    };
+    for (Value* v : n->outputs()) {
+      add(v);
+    }
+    for (Value* v : written) {
+      add(v);
+    }
+    for (size_t i = 0; i < node_.metas.size(); ++i) {
+      if (node_.metas[i].defined) {
+        outputs[i]->setType(type_of(node_.metas[i]));
+      }
+    }
+    if (outputs.empty()) {
+      outputs.push_back(graph_->insertConstant(c10::IValue())); // LTC wants one
+    }
+    return outputs;
+  }
+
+ private:
+  Value* argument(size_t i) {
+    const Argument& a = call_.arguments[i];
+    if (a.kind == ArgKind::Constant) {
+      const bool undefined = a.constant.isTensor() && !a.constant.toTensor().defined();
+      Value* v = graph_->insertConstant(undefined ? c10::IValue() : a.constant);
+      constants_.emplace_back(v, i);
+      return v;
+    }
+    if (a.kind == ArgKind::Tensor) {
+      return operand();
+    }
+    std::vector<Value*> elements;
+    for (const ValueRef& v : a.values) {
+      elements.push_back(v.node >= 0 ? operand() : graph_->insertConstant(c10::IValue()));
+    }
+    const c10::TypePtr type = a.kind == ArgKind::OptionalTensorList
+        ? c10::TypePtr(c10::OptionalType::ofTensor())
+        : c10::TypePtr(c10::TensorType::get());
+    return graph_->insertNode(graph_->createList(type, elements))->output();
+  }
+
+  Value* operand() {
+    return context_.GetOutputOp(node_.operand(next_operand_++));
+  }
+
+  Value* copy(Value* value, const Argument& argument) {
+    if (argument.kind == ArgKind::Tensor) {
+      return graph_->insert(c10::aten::clone, {value});
+    }
+    std::vector<Value*> copies;
+    torch::jit::Node* unpack = graph_->insertNode(
+        graph_->createListUnpack(value, argument.values.size()));
+    for (Value* element : unpack->outputs()) {
+      copies.push_back(graph_->insert(c10::aten::clone, {element}));
+    }
+    return graph_->insertNode(graph_->createList(c10::TensorType::get(), copies))->output();
+  }
+
+  // TorchScript finds the overload by the types of the inputs. Where the constants' own
+  // types lead it astray (None fits several overloads, a bool is no number to it) they
+  // get the types of the schema.
+  torch::jit::Node* create(const std::vector<Value*>& inputs) {
+    const c10::FunctionSchema& schema = call_.op.schema();
+    torch::jit::Node* n = graph_->create(
+        c10::Symbol::fromQualString(schema.name()), inputs, schema.returns().size());
+    graph_->insertNode(n);
+    n->setSourceRange(node_.source_range);
+    auto resolved = [&] {
+      const torch::jit::Operator* found = n->maybeOperator();
+      return found != nullptr && found->schema().operator_name() == schema.operator_name();
+    };
+    if (resolved()) {
+      return n;
+    }
+    for (auto [value, i] : constants_) {
+      value->setType(schema.arguments()[i].type());
+    }
+    if (!resolved()) {
+      throw Unsupported(c10::str(
+          "TorchScript cannot call ",
+          schema.operator_name(),
+          " with these arguments (at ",
+          node_.source_range.source() ? node_.source_range.text().str() : std::string("?"),
+          "): keep the call outside of the captured program"));
+    }
+    return n;
+  }
+
+  const OperatorCall& call_;
+  const GenericNode& node_;
+  const std::shared_ptr<Graph>& graph_;
+  torch::lazy::TSLoweringContext& context_;
+  std::vector<std::pair<Value*, size_t>> constants_;
+  size_t next_operand_ = 0;
+};
+
 } // namespace
 
 torch::lazy::TSOpVector GenericNode::Lower(
     std::shared_ptr<torch::jit::GraphFunction> function,
-    torch::lazy::TSLoweringContext* loctx) const {
-  auto graph = loctx->graph();
+    torch::lazy::TSLoweringContext* context) const {
+  auto graph = context->graph();
   if (kind == NodeKind::Input) {
     Value* v = graph->addInput();
     v->setType(type_of(metas[0]));
     return {v};
   }
-  const c10::FunctionSchema& schema = handle->schema();
-  std::vector<Value*> inputs;
-  inputs.reserve(arguments.size());
-  size_t operand_index = 0;
-  auto next_operand = [&]() { return loctx->GetOutputOp(operand(operand_index++)); };
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const Argument& a = arguments[i];
-    switch (a.kind) {
-      case ArgKind::Tensor:
-        inputs.push_back(next_operand());
-        break;
-      case ArgKind::TensorList: {
-        std::vector<Value*> elements;
-        Value* none = nullptr;
-        for (const ValueRef& v : a.values) {
-          if (v.node >= 0) {
-            elements.push_back(next_operand());
-            continue;
-          }
-          if (none == nullptr) {
-            none = graph->insertConstant(c10::IValue());
-          }
-          elements.push_back(none);
-        }
-        c10::TypePtr element_type = c10::TensorType::get();
-        if (a.optional_elements) {
-          element_type = c10::OptionalType::ofTensor();
-        }
-        inputs.push_back(graph->insertNode(graph->createList(element_type, elements))->output());
-        break;
-      }
-      case ArgKind::Constant: {
-        const c10::IValue& c = constants[i];
-        if (c.isTensor() && !c.toTensor().defined()) {
-          inputs.push_back(graph->insertConstant(c10::IValue()));
-        } else {
-          inputs.push_back(graph->insertConstant(c));
-        }
-        break;
-      }
-    }
-  }
-  torch::jit::Node* n = graph->create(
-      c10::Symbol::fromQualString(schema.name()), inputs, schema.returns().size());
-  graph->insertNode(n);
-  n->setSourceRange(source_range);
-  for (size_t i = 0; i < schema.returns().size(); ++i) {
-    n->output(i)->setType(
-        list_lengths[i] < 0 ? c10::TypePtr(c10::TensorType::get())
-                            : c10::TypePtr(c10::ListType::ofTensors()));
-  }
-  const torch::jit::Operator* found = n->maybeOperator();
-  TORCH_CHECK(
-      found != nullptr && found->schema().operator_name() == schema.operator_name(),
-      "TorchScript resolves ",
-      schema.operator_name(),
-      " to ",
-      found == nullptr ? std::string("no operator") : c10::toString(found->schema().operator_name()));
-  torch::lazy::TSOpVector outputs;
-  for (size_t i = 0; i < schema.returns().size(); ++i) {
-    if (list_lengths[i] < 0) {
-      outputs.push_back(n->output(i));
-      continue;
-    }
-    torch::jit::Node* unpack =
-        graph->insertNode(graph->createListUnpack(n->output(i), list_lengths[i]));
-    for (Value* v : unpack->outputs()) {
-      outputs.push_back(v);
-    }
-  }
-  for (size_t i = 0; i < metas.size(); ++i) {
-    outputs[i]->setType(type_of(metas[i]));
-  }
-  if (outputs.empty()) {
-    // An operator without tensor outputs: keep LTC's "one output at least".
-    outputs.push_back(graph->insertConstant(c10::IValue()));
-  }
-  return outputs;
+  return Lowering(*this, graph, *context).run();
 }
 
-Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots) {
+Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num_exposed) {
   const int64_t count = static_cast<int64_t>(recorder.nodes.size());
   std::vector<char> live(count, 0);
-  for (const ValueRef& r : roots) {
-    live[r.node] = 1;
+  std::vector<char> exposed(count, 0);
+  for (size_t i = 0; i < roots.size(); ++i) {
+    live[roots[i].node] = 1;
+    if (i < num_exposed) {
+      owner_of(recorder, roots[i], [&](int64_t node) { exposed[node] = 1; });
+    }
   }
   for (int64_t i = count - 1; i >= 0; --i) {
     GenericNode& n = recorder.node(i);
     // A random node moves the generator even when nobody uses its numbers.
-    if (n.random) {
+    if (n.random()) {
       live[i] = 1;
     }
-    if (live[i] == 0) {
-      continue;
-    }
-    for (const Argument& a : n.arguments) {
-      for (const ValueRef& v : a.values) {
-        if (v.node >= 0) {
-          live[v.node] = 1;
-        }
-      }
+    if (live[i] != 0 && n.call) {
+      n.call->for_each_value([&](const ValueRef& v) { live[v.node] = 1; });
     }
   }
   torch::lazy::TSLoweringContext context(
@@ -147,12 +220,22 @@ Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots) {
       result.parameters.push_back(recorder.node(i).input_index);
     }
   }
+  std::unordered_map<torch::lazy::hash_t, int64_t, torch::lazy::HashReducer> known;
   for (int64_t i = 0; i < count; ++i) {
-    if (live[i] == 0 || recorder.node(i).kind == NodeKind::Input) {
+    GenericNode& n = recorder.node(i);
+    if (live[i] == 0 || n.kind == NodeKind::Input) {
       continue;
     }
-    GenericNode& n = recorder.node(i);
-    n.source_range = recorder.source_range(n.source);
+    auto [same, fresh] = known.try_emplace(n.hash(), i);
+    if (!fresh && exposed[i] == 0) {
+      for (size_t k = 0; k < n.num_outputs(); ++k) {
+        context.AssignOutputOp(
+            torch::lazy::Output(&n, k),
+            context.GetOutputOp(torch::lazy::Output(&recorder.node(same->second), k)));
+      }
+      continue;
+    }
+    n.source_range = recorder.source_range(n.call->source);
     context.Lower(&n);
   }
   result.graph = context.graph();

@@ -13,7 +13,9 @@ struct Lowered {
   std::vector<int64_t> parameters;
 };
 
-// Lowers what `roots` need, and every random node, in program order.
-Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots);
+// Lowers what `roots` need, and every random node, in program order. Equal nodes are
+// lowered once, except those whose memory one of the first `num_exposed` roots hands out:
+// a program may write to its results.
+Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num_exposed);
 
 } // namespace tle

@@ -1,24 +1,15 @@
-// Stage "record": every operator of a running capture becomes a GenericNode.
-//
-// Two dispatch keys serve a capture, both switched on for the capturing thread
-// only: DeferredInit, above autograd, replaces the user's eager tensors by their
-// twins; Fake, below functionalization, records the operator. Both keys are kept by
-// PyTorch for out-of-tree modes of this kind, and its own tensor constructors
-// switch them off where they write to memory.
 #include "record.h"
 
-#include <ATen/EmptyTensor.h>
+#include "shapes.h"
+
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/WrapDimUtils.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/lazy/core/config.h>
-#include <torch/csrc/lazy/ts_backend/ts_lowering_context.h>
-#include <torch/library.h>
-
 #include <pybind11/pybind11.h>
+#include <torch/csrc/lazy/core/config.h>
+
+#include <cstring>
+#include <unordered_set>
 
 namespace tle {
 
@@ -26,16 +17,15 @@ using c10::DispatchKey;
 using c10::DispatchKeySet;
 using c10::IValue;
 using torch::jit::Stack;
+namespace fi = at::functionalization::impl;
 
 namespace {
 
 thread_local Recorder* current_recorder = nullptr;
-
-constexpr DispatchKeySet capture_keys{DispatchKey::Fake, DispatchKey::DeferredInit};
+PyObject* unsupported_type = nullptr;
 
 // What has to be out of the way when an operator runs for itself (on meta or on
-// real tensors) in the middle of a program: the capture, functionalization,
-// autograd, functorch and every Python mode.
+// real tensors) in the middle of a program.
 const DispatchKeySet bystander_keys = capture_keys | c10::autograd_dispatch_keyset |
     c10::autocast_dispatch_keyset | c10::functorch_transforms_ks |
     DispatchKeySet(
@@ -49,208 +39,62 @@ const DispatchKeySet bystander_keys = capture_keys | c10::autograd_dispatch_keys
          DispatchKey::FuncTorchDynamicLayerFrontMode,
          DispatchKey::Tracer});
 
-// Runs an operator alone; restores every thread-local on the way out.
-class StandaloneGuard {
- public:
-  StandaloneGuard()
-      : exclude_(bystander_keys),
-        grad_(false),
-        torch_function_(at::impl::PythonTorchFunctionTLS::get_disabled_state()),
-        recorder_(current_recorder) {
-    at::impl::PythonTorchFunctionTLS::set_disabled_state(
-        at::impl::TorchFunctionDisabledState::ALL_DISABLED);
-    current_recorder = nullptr;
-  }
-  ~StandaloneGuard() {
-    current_recorder = recorder_;
-    at::impl::PythonTorchFunctionTLS::set_disabled_state(torch_function_);
-  }
-  StandaloneGuard(const StandaloneGuard&) = delete;
-  StandaloneGuard& operator=(const StandaloneGuard&) = delete;
-
- private:
-  c10::impl::ExcludeDispatchKeyGuard exclude_;
-  c10::AutoGradMode grad_;
-  at::impl::TorchFunctionDisabledState torch_function_;
-  Recorder* recorder_;
-};
-
-bool is_wrapped_number(const at::Tensor& t) {
-  return t.unsafeGetTensorImpl()->is_wrapped_number();
-}
-
-at::Tensor strip_functional(const at::Tensor& t) {
-  if (at::functionalization::impl::isFunctionalTensor(t)) {
-    at::functionalization::impl::sync(t);
-    return at::functionalization::impl::from_functional_tensor(t);
+at::Tensor without_wrapper(const at::Tensor& t) {
+  if (fi::isFunctionalTensor(t)) {
+    fi::sync(t);
+    return fi::from_functional_tensor(t);
   }
   return t;
 }
 
-torch::lazy::hash_t hash_constant(const IValue& v) {
-  using torch::lazy::Hash;
-  using torch::lazy::MHash;
-  auto tag = [](int k) { return torch::lazy::hash_t(static_cast<int64_t>(k)); };
-  if (v.isNone()) {
-    return tag(1);
-  }
-  if (v.isInt()) {
-    return torch::lazy::HashCombine(tag(2), torch::lazy::hash_t(v.toInt()));
-  }
-  if (v.isDouble()) {
-    // By bits: 0.1 and its neighbour differ, -0.0 and 0.0 differ, nan equals itself.
-    const double d = v.toDouble();
-    return torch::lazy::HashCombine(tag(3), torch::lazy::DataHash(&d, sizeof(d)));
-  }
-  if (v.isBool()) {
-    return torch::lazy::HashCombine(tag(4), tag(v.toBool() ? 1 : 0));
-  }
-  if (v.isComplexDouble()) {
-    const auto c = v.toComplexDouble();
-    return torch::lazy::HashCombine(tag(5), torch::lazy::DataHash(&c, sizeof(c)));
-  }
-  if (v.isString()) {
-    const auto& s = v.toStringRef();
-    return torch::lazy::HashCombine(tag(6), torch::lazy::DataHash(s.data(), s.size()));
-  }
-  if (v.isDevice()) {
-    return torch::lazy::HashCombine(tag(7), tag(static_cast<int>(v.toDevice().type())));
-  }
-  if (v.isList()) {
-    auto h = tag(8);
-    for (const IValue& e : v.toListRef()) {
-      h = torch::lazy::HashCombine(h, hash_constant(e));
+at::Generator generator_of(const OperatorCall& call) {
+  for (const Argument& a : call.arguments) {
+    if (a.kind == ArgKind::Constant && a.constant.isGenerator()) {
+      return a.constant.toGenerator();
     }
-    return h;
   }
-  if (v.isTensor() && v.toTensor().defined()) {
-    return torch::lazy::HashCombine(
-        tag(9),
-        torch::lazy::hash_t(static_cast<int64_t>(
-            reinterpret_cast<intptr_t>(v.toTensor().unsafeGetTensorImpl()))));
-  }
-  return tag(10);
+  return at::detail::getDefaultCPUGenerator();
 }
 
 } // namespace
 
-// ---------------------------------------------------------------- TensorMeta
+// ---------------------------------------------------------------------- guards
 
-TensorMeta TensorMeta::of(const at::Tensor& t) {
-  TensorMeta m;
-  m.sizes = t.sizes().vec();
-  m.strides = t.strides().vec();
-  m.storage_offset = t.storage_offset();
-  m.dtype = t.scalar_type();
-  m.device = t.device();
-  m.conj = t.is_conj();
-  m.neg = t.is_neg();
-  return m;
+StandaloneGuard::StandaloneGuard()
+    : exclude_(bystander_keys),
+      grad_(false),
+      torch_function_(at::impl::PythonTorchFunctionTLS::get_disabled_state()),
+      recorder_(current_recorder) {
+  at::impl::PythonTorchFunctionTLS::set_disabled_state(
+      at::impl::TorchFunctionDisabledState::ALL_DISABLED);
+  current_recorder = nullptr;
 }
 
-at::Tensor TensorMeta::make_meta_tensor() const {
-  int64_t extent = 1;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] == 0) {
-      extent = 0;
-      break;
-    }
-    extent += (sizes[i] - 1) * strides[i];
+StandaloneGuard::~StandaloneGuard() {
+  current_recorder = recorder_;
+  at::impl::PythonTorchFunctionTLS::set_disabled_state(torch_function_);
+}
+
+PyObject* Unsupported::python_type() {
+  return unsupported_type;
+}
+
+void set_unsupported_type(PyObject* type) {
+  Py_INCREF(type); // for the life of the process, like the module that owns it
+  unsupported_type = type;
+}
+
+bool is_device_argument(const c10::Argument& argument) {
+  const auto& type = argument.type();
+  if (type->kind() == c10::TypeKind::DeviceObjType) {
+    return true;
   }
-  extent += storage_offset;
-  at::Tensor t = at::Tensor(at::detail::empty_strided_meta({extent}, {1}, dtype));
-  auto* impl = t.unsafeGetTensorImpl();
-  impl->set_sizes_and_strides(sizes, strides, storage_offset);
-  if (conj) {
-    impl->_set_conj(true);
-  }
-  if (neg) {
-    impl->_set_neg(true);
-  }
-  return t;
+  return type->kind() == c10::TypeKind::OptionalType &&
+      type->expectRef<c10::OptionalType>().getElementType()->kind() ==
+      c10::TypeKind::DeviceObjType;
 }
 
-// ------------------------------------------------------------- capture tensor
-
-CaptureTensorImpl::CaptureTensorImpl(
-    std::shared_ptr<Recorder> recorder_,
-    ValueRef value_,
-    const TensorMeta& meta_)
-    : c10::TensorImpl(
-          DispatchKeySet(c10::computeDispatchKey(std::nullopt, std::nullopt, meta_.device)) |
-              DispatchKeySet(DispatchKey::Fake),
-          c10::scalarTypeToTypeMeta(meta_.dtype),
-          meta_.device),
-      recorder(std::move(recorder_)),
-      value(value_),
-      meta(meta_) {
-  set_sizes_and_strides(meta.sizes, meta.strides, meta.storage_offset);
-  if (meta.conj) {
-    _set_conj(true);
-  }
-  if (meta.neg) {
-    _set_neg(true);
-  }
-}
-
-c10::intrusive_ptr<c10::TensorImpl> CaptureTensorImpl::shallow_copy_and_detach(
-    const c10::VariableVersion& version_counter,
-    bool allow_tensor_metadata_change) const {
-  auto impl = c10::make_intrusive<CaptureTensorImpl>(recorder, value, meta);
-  copy_tensor_metadata(this, impl.get(), version_counter, allow_tensor_metadata_change);
-  return impl;
-}
-
-c10::intrusive_ptr<c10::TensorImpl> CaptureTensorImpl::shallow_copy_and_detach(
-    c10::VariableVersion&& version_counter,
-    bool allow_tensor_metadata_change) const {
-  auto impl = c10::make_intrusive<CaptureTensorImpl>(recorder, value, meta);
-  copy_tensor_metadata(this, impl.get(), std::move(version_counter), allow_tensor_metadata_change);
-  return impl;
-}
-
-CaptureTensorImpl* as_capture(const at::Tensor& t) {
-  if (!t.defined() || !t.unsafeGetTensorImpl()->key_set().has(DispatchKey::Fake)) {
-    return nullptr;
-  }
-  return dynamic_cast<CaptureTensorImpl*>(t.unsafeGetTensorImpl());
-}
-
-// -------------------------------------------------------------------- the node
-
-GenericNode::GenericNode(int64_t input_index_, const TensorMeta& meta)
-    : TsNode(
-          torch::lazy::OpKind::Get("lazy_tensors::lifted"),
-          torch::lazy::Shape(meta.dtype, meta.sizes),
-          1,
-          torch::lazy::hash_t(input_index_)),
-      kind(NodeKind::Input),
-      input_index(input_index_) {
-  metas.push_back(meta);
-  list_lengths.push_back(-1);
-  depends_on_input = true;
-}
-
-GenericNode::GenericNode(
-    c10::OperatorHandle op,
-    torch::lazy::OpList operands,
-    std::vector<torch::lazy::Shape>&& shapes,
-    size_t num_outputs,
-    torch::lazy::hash_t constants_hash)
-    : TsNode(
-          torch::lazy::OpKind(c10::Symbol::fromQualString(op.schema().name())),
-          operands,
-          std::move(shapes),
-          num_outputs,
-          torch::lazy::HashCombine(
-              constants_hash,
-              torch::lazy::DataHash(
-                  op.schema().overload_name().data(),
-                  op.schema().overload_name().size()))),
-      kind(NodeKind::Operator),
-      handle(op) {}
-
-// -------------------------------------------------------------------- recorder
+// -------------------------------------------------------------- begin and end
 
 Recorder::Recorder() {
   pybind11::gil_scoped_acquire gil;
@@ -258,8 +102,8 @@ Recorder::Recorder() {
     auto file = pybind11::module_::import(module).attr("__file__").cast<std::string>();
     return file.substr(0, file.find_last_of("/\\") + 1);
   };
-  library_prefix = dirname("torch");
-  own_prefix = dirname("torch_lazy_ext");
+  library_prefix_ = dirname("torch");
+  own_prefix_ = dirname("torch_lazy_ext");
 }
 
 Recorder::~Recorder() {
@@ -269,7 +113,7 @@ Recorder::~Recorder() {
     nodes.pop_back();
   }
   pybind11::gil_scoped_acquire gil;
-  for (auto& [code, unused] : code_is_library) {
+  for (auto& [code, unused] : code_is_library_) {
     Py_DECREF(reinterpret_cast<PyObject*>(code));
   }
 }
@@ -278,15 +122,27 @@ Recorder* Recorder::current() {
   return current_recorder;
 }
 
+namespace {
+
+// Functionalize is on for the thread, as it is wherever PyTorch functionalizes without
+// LTC: otherwise `_to_copy` takes a copy to an eager device for the end of the program.
+void set_included(bool on) {
+  c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, on);
+  c10::impl::tls_set_dispatch_key_included(DispatchKey::Functionalize, on);
+  c10::impl::tls_set_dispatch_key_included(DispatchKey::DeferredInit, on);
+}
+
+} // namespace
+
 void Recorder::enter() {
-  TORCH_CHECK(!entered_ && !finished, "a recorder serves one capture");
+  TORCH_CHECK(!entered_ && !finished_, "a recorder serves one capture");
   TORCH_CHECK(current_recorder == nullptr, "a capture is already running on this thread");
   entered_ = true;
   current_recorder = this;
-  previous_reapply_ = at::functionalization::impl::getFunctionalizationReapplyViewsTLS();
-  at::functionalization::impl::setFunctionalizationReapplyViewsTLS(true);
-  c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, true);
-  c10::impl::tls_set_dispatch_key_included(DispatchKey::DeferredInit, true);
+  generator_state_ = at::detail::getDefaultCPUGenerator().get_state();
+  previous_reapply_ = fi::getFunctionalizationReapplyViewsTLS();
+  fi::setFunctionalizationReapplyViewsTLS(true);
+  set_included(true);
 }
 
 void Recorder::exit() {
@@ -294,24 +150,27 @@ void Recorder::exit() {
     return;
   }
   entered_ = false;
-  finished = true;
+  finished_ = true;
   current_recorder = nullptr;
-  c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, false);
-  c10::impl::tls_set_dispatch_key_included(DispatchKey::DeferredInit, false);
-  at::functionalization::impl::setFunctionalizationReapplyViewsTLS(previous_reapply_);
+  set_included(false);
+  fi::setFunctionalizationReapplyViewsTLS(previous_reapply_);
 }
 
 Recorder::Resume::Resume(Recorder& recorder)
     : previous_(current_recorder),
-      previous_reapply_(at::functionalization::impl::getFunctionalizationReapplyViewsTLS()) {
+      previous_reapply_(fi::getFunctionalizationReapplyViewsTLS()),
+      include_(DispatchKeySet({DispatchKey::Fake, DispatchKey::Functionalize})),
+      exclude_(DispatchKeySet(DispatchKey::DeferredInit)) {
   current_recorder = &recorder;
-  at::functionalization::impl::setFunctionalizationReapplyViewsTLS(true);
+  fi::setFunctionalizationReapplyViewsTLS(true);
 }
 
 Recorder::Resume::~Resume() {
   current_recorder = previous_;
-  at::functionalization::impl::setFunctionalizationReapplyViewsTLS(previous_reapply_);
+  fi::setFunctionalizationReapplyViewsTLS(previous_reapply_);
 }
+
+// ---------------------------------------------------------------- source lines
 
 SourceLocation Recorder::current_source() {
   pybind11::gil_scoped_acquire gil;
@@ -320,14 +179,14 @@ SourceLocation Recorder::current_source() {
   Py_XINCREF(frame);
   while (frame != nullptr) {
     PyCodeObject* code = PyFrame_GetCode(frame); // new reference
-    auto it = code_is_library.find(code);
-    if (it == code_is_library.end()) {
+    auto it = code_is_library_.find(code);
+    if (it == code_is_library_.end()) {
       const char* file = PyUnicode_AsUTF8(code->co_filename);
       const std::string_view name = file == nullptr ? std::string_view() : std::string_view(file);
-      const bool library = name.substr(0, library_prefix.size()) == library_prefix ||
-          name.substr(0, own_prefix.size()) == own_prefix;
+      const bool library = name.substr(0, library_prefix_.size()) == library_prefix_ ||
+          name.substr(0, own_prefix_.size()) == own_prefix_;
       Py_INCREF(reinterpret_cast<PyObject*>(code));
-      it = code_is_library.emplace(code, library).first;
+      it = code_is_library_.emplace(code, library).first;
     }
     Py_DECREF(reinterpret_cast<PyObject*>(code));
     if (!it->second) {
@@ -356,7 +215,7 @@ torch::jit::SourceRange Recorder::source_range(const SourceLocation& source) {
   if (source.code == nullptr) {
     return {};
   }
-  auto [it, fresh] = source_ranges.try_emplace({source.code, source.line});
+  auto [it, fresh] = source_ranges_.try_emplace({source.code, source.line});
   if (fresh) {
     // The range's text is the location itself: that is what a jit node gives back.
     std::string text = describe(source);
@@ -367,25 +226,31 @@ torch::jit::SourceRange Recorder::source_range(const SourceLocation& source) {
   return it->second;
 }
 
+// -------------------------------------------------------------------- lifting
+
 bool Recorder::is_liftable(const at::Tensor& t) const {
   if (!t.defined() || is_wrapped_number(t) || as_capture(t) != nullptr) {
     return false;
   }
-  auto* impl = t.unsafeGetTensorImpl();
-  if (at::functionalization::impl::isFunctionalTensor(t) ||
-      impl->key_set().has_any(c10::functorch_transforms_ks) || t.is_meta()) {
+  if (fi::isFunctionalTensor(t) || t.is_meta() ||
+      t.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks)) {
     return false;
   }
-  return t.layout() == at::kStrided;
+  return t.layout() == at::kStrided && !t.is_quantized();
 }
 
 at::Tensor Recorder::make_tensor(ValueRef value, bool wrap_functional) {
-  at::Tensor t = at::detail::make_tensor<CaptureTensorImpl>(
-      shared_from_this(), value, node(value.node).metas[value.index]);
-  if (wrap_functional) {
-    t = at::functionalization::impl::to_functional_tensor(t);
-  }
-  return t;
+  at::Tensor t =
+      at::detail::make_tensor<CaptureTensorImpl>(shared_from_this(), value, meta_of(value));
+  return wrap_functional ? fi::to_functional_tensor(t) : t;
+}
+
+at::Tensor whole_storage(const at::Tensor& tensor) {
+  StandaloneGuard alone;
+  at::Tensor whole = at::empty({0}, tensor.options());
+  const auto count = static_cast<int64_t>(tensor.storage().nbytes() / tensor.itemsize());
+  whole.set_(tensor.storage(), 0, {count}, {1});
+  return whole;
 }
 
 at::Tensor Recorder::lift(const at::Tensor& tensor, bool constant) {
@@ -393,15 +258,22 @@ at::Tensor Recorder::lift(const at::Tensor& tensor, bool constant) {
   if (found != input_by_impl.end()) {
     return inputs[found->second].twin;
   }
-  const TensorMeta meta = TensorMeta::of(tensor);
-  auto n = std::make_shared<GenericNode>(static_cast<int64_t>(inputs.size()), meta);
+  if (!constant && shared_storages.count(tensor.storage().unsafeGetStorageImpl()) != 0) {
+    return lift_storage(tensor);
+  }
+  return lift_alone(tensor, constant);
+}
+
+at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
+  auto n = std::make_shared<GenericNode>(
+      static_cast<int64_t>(inputs.size()), TensorMeta::of(tensor));
   n->id = static_cast<int64_t>(nodes.size());
   n->depends_on_input = !constant;
-  n->values.push_back(tensor.detach());
-  nodes.push_back(n);
   at::Tensor twin;
   {
     c10::impl::ExcludeDispatchKeyGuard guard(capture_keys);
+    n->values.push_back(tensor.detach());
+    nodes.push_back(n);
     twin = make_tensor({n->id, 0}, /*wrap_functional=*/true);
     if (tensor.requires_grad()) {
       twin.requires_grad_(true);
@@ -413,115 +285,151 @@ at::Tensor Recorder::lift(const at::Tensor& tensor, bool constant) {
   return twin;
 }
 
+// The twin is a view of the twin of the whole storage, so that functionalization sees
+// what a write to one tensor does to another.
+at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
+  int64_t base = -1;
+  for (size_t i = 0; i < inputs.size() && base < 0; ++i) {
+    const at::Tensor& other = inputs[i].tensor;
+    if (inputs[i].base != static_cast<int64_t>(i) ||
+        !other.storage().is_alias_of(tensor.storage())) {
+      continue;
+    }
+    if (other.scalar_type() != tensor.scalar_type()) {
+      throw Unsupported(c10::str(
+          "the program writes to memory that it reads as ",
+          other.scalar_type(),
+          " and as ",
+          tensor.scalar_type(),
+          ": pass one tensor and use Tensor.view(dtype) inside the program"));
+    }
+    base = static_cast<int64_t>(i);
+  }
+  if (base < 0) {
+    at::Tensor whole = whole_storage(tensor);
+    base = static_cast<int64_t>(inputs.size());
+    lift_alone(whole, /*constant=*/false);
+    inputs[base].base = base;
+  }
+  at::Tensor twin;
+  {
+    Resume recording(*this);
+    c10::AutoGradMode no_grad(false);
+    twin = inputs[base].twin.as_strided(
+        tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    if (tensor.requires_grad()) {
+      twin.requires_grad_(true);
+    }
+  }
+  input_by_impl[tensor.unsafeGetTensorImpl()] = inputs.size();
+  input_by_twin[twin.unsafeGetTensorImpl()] = inputs.size();
+  inputs.push_back({tensor, twin, -1, false, base});
+  return twin;
+}
+
 at::Tensor Recorder::twin_of(const at::Tensor& tensor) {
+  if (!rebound.empty()) {
+    auto it = rebound.find(tensor.unsafeGetTensorImpl());
+    if (it != rebound.end()) {
+      return it->second.second;
+    }
+  }
   return is_liftable(tensor) ? lift(tensor, /*constant=*/false) : tensor;
+}
+
+void Recorder::rebind(const at::Tensor& tensor, const at::Tensor& twin) {
+  rebound[tensor.unsafeGetTensorImpl()] = {tensor, twin};
 }
 
 // ------------------------------------------------- values needed by the program
 
-void Recorder::run_node(GenericNode& n) {
+Stack Recorder::run(const OperatorCall& call) {
   Stack stack;
-  stack.reserve(n.arguments.size());
-  for (size_t i = 0; i < n.arguments.size(); ++i) {
-    const Argument& a = n.arguments[i];
-    switch (a.kind) {
-      case ArgKind::Constant:
-        stack.push_back(n.constants[i]);
-        break;
-      case ArgKind::Tensor:
-        stack.emplace_back(node(a.values[0].node).values[a.values[0].index]);
-        break;
-      case ArgKind::TensorList:
-        if (a.optional_elements) {
-          c10::List<std::optional<at::Tensor>> list;
-          for (const ValueRef& v : a.values) {
-            list.push_back(
-                v.node < 0 ? std::optional<at::Tensor>()
-                           : std::optional<at::Tensor>(node(v.node).values[v.index]));
-          }
-          stack.emplace_back(std::move(list));
-        } else {
-          c10::List<at::Tensor> list;
-          for (const ValueRef& v : a.values) {
-            list.push_back(v.node < 0 ? at::Tensor() : node(v.node).values[v.index]);
-          }
-          stack.emplace_back(std::move(list));
-        }
-        break;
-    }
-  }
-  n.handle->callBoxed(&stack);
-  n.values.clear();
-  for (const IValue& out : stack) {
-    if (out.isTensor()) {
-      n.values.push_back(out.toTensor());
-    } else if (out.isTensorList()) {
-      for (const at::Tensor& t : out.toTensorVector()) {
-        n.values.push_back(t);
-      }
+  stack.reserve(call.arguments.size());
+  call.push(stack, [&](const ValueRef& v) { return node(v.node).values[v.index]; });
+  std::vector<IValue> written;
+  for (size_t i : call.mutated) {
+    IValue& argument = stack[i];
+    if (argument.isTensor()) {
+      argument = argument.toTensor().clone();
     } else {
-      n.values.emplace_back();
+      c10::List<at::Tensor> copies;
+      for (const at::Tensor& t : argument.toTensorVector()) {
+        copies.push_back(t.clone());
+      }
+      argument = std::move(copies);
     }
+    written.push_back(argument);
   }
+  call.op.callBoxed(&stack);
+  stack.insert(stack.end(), written.begin(), written.end());
+  return stack;
+}
+
+std::vector<char> Recorder::needed_for(int64_t target) {
+  // What the value depends on and is not known yet; with one random node among
+  // them, all earlier random nodes too, since they draw from the same stream.
+  std::vector<char> needed(target + 1, 0);
+  needed[target] = 1;
+  bool random_after = false;
+  for (int64_t i = target; i >= 0; --i) {
+    GenericNode& n = node(i);
+    if (!n.values.empty()) {
+      needed[i] = 0;
+      continue;
+    }
+    if (n.random() && random_after) {
+      needed[i] = 1;
+    }
+    if (needed[i] == 0) {
+      continue;
+    }
+    random_after = random_after || n.random();
+    n.call->for_each_value([&](const ValueRef& v) { needed[v.node] = 1; });
+  }
+  return needed;
 }
 
 at::Tensor Recorder::materialize(ValueRef value) {
   GenericNode& target = node(value.node);
-  if (target.values.empty()) {
-    // What the value depends on and is not known yet; with one random node among
-    // them, all earlier random nodes too, since they draw from the same stream.
-    std::vector<char> needed(value.node + 1, 0);
-    needed[value.node] = 1;
-    int64_t last_random = -1;
-    auto mark = [&](const GenericNode& n) {
-      for (const Argument& a : n.arguments) {
-        for (const ValueRef& v : a.values) {
-          if (v.node >= 0 && node(v.node).values.empty()) {
-            needed[v.node] = 1;
-          }
-        }
+  if (!target.values.empty()) {
+    return target.values[value.index];
+  }
+  const std::vector<char> needed = needed_for(value.node);
+  StandaloneGuard alone;
+  // The user's generators stay as they are: the capture has its own copy of each.
+  std::vector<std::pair<at::Generator, at::Tensor>> users;
+  for (int64_t i = 0; i <= value.node; ++i) {
+    if (needed[i] == 0 || !node(i).random()) {
+      continue;
+    }
+    at::Generator g = generator_of(*node(i).call);
+    const bool known = std::any_of(
+        users.begin(), users.end(), [&](const auto& u) { return u.first == g; });
+    if (!known) {
+      users.emplace_back(g, g.get_state());
+      auto ours = rng_states_.find(g.unsafeGetGeneratorImpl());
+      if (ours != rng_states_.end()) {
+        g.set_state(ours->second);
       }
-    };
-    for (int64_t i = value.node; i >= 0; --i) {
-      GenericNode& n = node(i);
-      if (!n.values.empty()) {
-        needed[i] = 0;
-        continue;
-      }
-      if (n.random && (needed[i] != 0 || last_random > i)) {
-        needed[i] = 1;
-        last_random = std::max(last_random, i);
-      }
+    }
+  }
+  std::exception_ptr error;
+  try {
+    for (int64_t i = 0; i <= value.node; ++i) {
       if (needed[i] != 0) {
-        mark(n);
+        node(i).values = tensors_of(run(*node(i).call));
       }
     }
-    StandaloneGuard alone;
-    auto generator = at::detail::getDefaultCPUGenerator();
-    at::Tensor users_state;
-    if (last_random >= 0) {
-      users_state = generator.get_state();
-      if (rng_state.defined()) {
-        generator.set_state(rng_state);
-      }
-    }
-    std::exception_ptr error;
-    try {
-      for (int64_t i = 0; i <= value.node; ++i) {
-        if (needed[i] != 0) {
-          run_node(node(i));
-        }
-      }
-    } catch (...) {
-      error = std::current_exception();
-    }
-    if (last_random >= 0) {
-      rng_state = generator.get_state();
-      generator.set_state(users_state);
-    }
-    if (error) {
-      std::rethrow_exception(error);
-    }
+  } catch (...) {
+    error = std::current_exception();
+  }
+  for (auto& [g, state] : users) {
+    rng_states_[g.unsafeGetGeneratorImpl()] = g.get_state();
+    g.set_state(state);
+  }
+  if (error) {
+    std::rethrow_exception(error);
   }
   return target.values[value.index];
 }
@@ -535,475 +443,510 @@ void Recorder::add_value_guard(ValueRef value, const at::Tensor& expected) {
       return;
     }
   }
+  const SourceLocation source = current_source();
   StandaloneGuard alone;
-  guards.push_back({Guard::Kind::Value, value, expected.clone(), {}, {}});
-  guards.back().source = current_source();
+  guards.push_back({Guard::Kind::Value, value, expected.clone(), {}, source});
+}
+
+std::vector<at::Generator> Recorder::generators() const {
+  std::vector<at::Generator> out;
+  for (const auto& n : nodes) {
+    if (n->random()) {
+      at::Generator g = generator_of(*n->call);
+      if (std::find(out.begin(), out.end(), g) == out.end()) {
+        out.push_back(std::move(g));
+      }
+    }
+  }
+  return out;
+}
+
+void Recorder::check_generator() {
+  const at::Tensor now = at::detail::getDefaultCPUGenerator().get_state();
+  if (!generator_state_.defined()) {
+    return;
+  }
+  if (std::memcmp(now.const_data_ptr(), generator_state_.const_data_ptr(), now.nbytes()) != 0) {
+    throw Unsupported(c10::str(
+        "the program sets the state of the random number generator (torch.manual_seed, "
+        "torch.set_rng_state, ...) before ",
+        describe(current_source()),
+        ": seed before the call, or draw from a torch.Generator that is an argument"));
+  }
 }
 
 // ------------------------------------------------------------------- recording
 
+ValueRef Recorder::value_of(const at::Tensor& t, const c10::OperatorHandle& op) {
+  at::Tensor seen = without_wrapper(t);
+  CaptureTensorImpl* c = as_capture(seen);
+  if (c == nullptr) {
+    if (!is_liftable(t)) {
+      throw Unsupported(c10::str(
+          op.schema().operator_name(),
+          " gets a tensor of layout ",
+          t.layout(),
+          " and type ",
+          t.toString(),
+          ", which a graph cannot hold (at ",
+          describe(current_source()),
+          "): convert it to a dense tensor before the capture"));
+    }
+    // A tensor that an operator's own C++ code made while the capture ran.
+    seen = without_wrapper(lift(t, /*constant=*/true));
+    c = as_capture(seen);
+  }
+  if (c->recorder.get() != this) {
+    throw Unsupported(c10::str(
+        op.schema().operator_name(),
+        " gets a tensor of another capture (at ",
+        describe(current_source()),
+        "): results of one capture can be used in another after a call of the graph"));
+  }
+  return c->value;
+}
+
 namespace {
 
-struct Parsed {
-  std::vector<Argument> arguments;
-  std::vector<IValue> constants;
-  std::vector<torch::lazy::Value> operands;
-  bool any_capture = false;
-  bool any_eager = false; // a real tensor that is not a wrapped number
-  int64_t device_arg = -1;
-};
-
-bool has_device_arg(const c10::FunctionSchema& schema, size_t i) {
-  const auto& type = schema.arguments()[i].type();
-  if (type->kind() == c10::TypeKind::DeviceObjType) {
-    return true;
-  }
-  return type->kind() == c10::TypeKind::OptionalType &&
-      type->expectRef<c10::OptionalType>().getElementType()->kind() ==
-      c10::TypeKind::DeviceObjType;
+// The values of the result do not depend on the values of the arguments.
+bool reads_shape_only(const std::string& name) {
+  static const std::unordered_set<std::string> names = {
+      "aten::new_empty",
+      "aten::new_empty_strided",
+      "aten::new_full",
+      "aten::new_ones",
+      "aten::new_zeros",
+      "aten::empty_like",
+      "aten::full_like",
+      "aten::ones_like",
+      "aten::zeros_like"};
+  return names.count(name) != 0;
 }
 
 } // namespace
 
-void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
-  const c10::FunctionSchema& schema = op.schema();
-  const size_t nargs = schema.arguments().size();
-  const size_t begin = stack->size() - nargs;
-
-  auto ref_of = [&](const at::Tensor& t, torch::lazy::NodePtr* owner) -> ValueRef {
-    CaptureTensorImpl* c = as_capture(t);
-    if (c == nullptr) {
-      // A tensor that an operator's own C++ code made while the capture ran.
-      at::Tensor twin = lift(t, /*constant=*/true);
-      c = as_capture(strip_functional(twin));
+OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
+  const size_t count = op.schema().arguments().size();
+  OperatorCall call{op, {}, {}, torch::lazy::hash_t(static_cast<int64_t>(count)), current_source()};
+  call.arguments.resize(count);
+  call.random = op.hasTag(at::Tag::nondeterministic_seeded);
+  call.serial = static_cast<int64_t>(nodes.size());
+  if (call.random) {
+    check_generator();
+  }
+  call.depends_on_input = call.random;
+  const bool reads_values = !reads_shape_only(op.schema().name());
+  auto add = [&](Argument& a, const at::Tensor& t) {
+    if (!t.defined()) {
+      a.values.emplace_back();
+      return;
     }
-    TORCH_CHECK(
-        c->recorder.get() == this,
-        "a tensor of another capture is used in this one (operator ",
-        schema.operator_name(),
-        ")");
-    *owner = nodes[c->value.node];
-    return c->value;
+    const ValueRef v = value_of(t, op);
+    call.operands.emplace_back(nodes[v.node], v.index);
+    call.depends_on_input =
+        call.depends_on_input || (reads_values && node(v.node).depends_on_input);
+    a.values.push_back(v);
   };
-
-  Parsed p;
-  p.arguments.resize(nargs);
-  p.constants.resize(nargs);
-  torch::lazy::hash_t constants_hash(static_cast<int64_t>(nargs));
-  for (size_t i = 0; i < nargs; ++i) {
-    const IValue& v = (*stack)[begin + i];
-    Argument& a = p.arguments[i];
-    if (v.isTensor()) {
-      const at::Tensor& t = v.toTensor();
-      if (!t.defined()) {
-        p.constants[i] = v;
-      } else if (is_wrapped_number(t) && as_capture(t) == nullptr) {
-        p.constants[i] = v;
-      } else {
-        torch::lazy::NodePtr owner;
-        a.kind = ArgKind::Tensor;
-        a.values.push_back(ref_of(t, &owner));
-        p.operands.emplace_back(owner, a.values.back().index);
-        continue;
-      }
+  for (size_t i = 0; i < count; ++i) {
+    const IValue& v = stack[begin + i];
+    Argument& a = call.arguments[i];
+    if (v.isTensor() && v.toTensor().defined() &&
+        !(is_wrapped_number(v.toTensor()) && as_capture(v.toTensor()) == nullptr)) {
+      a.kind = ArgKind::Tensor;
+      add(a, v.toTensor());
     } else if (v.isTensorList()) {
       a.kind = ArgKind::TensorList;
       for (const at::Tensor& t : v.toTensorVector()) {
-        torch::lazy::NodePtr owner;
-        if (!t.defined()) {
-          a.values.emplace_back();
-          continue;
-        }
-        a.values.push_back(ref_of(t, &owner));
-        p.operands.emplace_back(owner, a.values.back().index);
+        add(a, t);
       }
-      continue;
     } else if (v.isOptionalTensorList()) {
-      a.kind = ArgKind::TensorList;
-      a.optional_elements = true;
+      a.kind = ArgKind::OptionalTensorList;
       for (const std::optional<at::Tensor>& t : v.toOptionalTensorVector()) {
-        torch::lazy::NodePtr owner;
-        if (!t.has_value() || !t->defined()) {
-          a.values.emplace_back();
-          continue;
-        }
-        a.values.push_back(ref_of(*t, &owner));
-        p.operands.emplace_back(owner, a.values.back().index);
+        add(a, t.value_or(at::Tensor()));
       }
-      continue;
     } else {
-      p.constants[i] = v;
+      a.constant = v;
+      call.constants_hash = torch::lazy::HashCombine(call.constants_hash, hash_constant(v));
     }
-    constants_hash = torch::lazy::HashCombine(constants_hash, hash_constant(p.constants[i]));
   }
+  if (op.schema().is_mutable()) {
+    for (size_t i = 0; i < count; ++i) {
+      if (call.arguments[i].kind != ArgKind::Constant && op.schema().is_mutable({c10::SchemaArgType::input, i})) {
+        call.mutated.push_back(i);
+      }
+    }
+  }
+  return call;
+}
 
+void Recorder::note_forced_fallback(const OperatorCall& call) {
   const std::string& forced = torch::lazy::getLTCForceFallback();
-  const SourceLocation source = current_source();
-  if (!forced.empty() && forced == schema.name()) {
-    const std::string full = schema.overload_name().empty()
-        ? schema.name()
-        : schema.name() + "." + schema.overload_name();
-    bool known = false;
-    for (auto& [name, count, where] : fallbacks) {
-      if (name == full) {
-        ++count;
-        known = true;
-      }
-    }
-    if (!known) {
-      fallbacks.emplace_back(full, 1, describe(source));
+  const c10::FunctionSchema& schema = call.op.schema();
+  if (forced.empty() || forced != schema.name()) {
+    return;
+  }
+  const std::string full = c10::toString(schema.operator_name());
+  for (auto& [name, count, where] : fallbacks) {
+    if (name == full) {
+      ++count;
+      return;
     }
   }
+  fallbacks.emplace_back(full, 1, describe(call.source));
+}
 
-  const bool random = op.hasTag(at::Tag::nondeterministic_seeded);
-  bool depends = random;
-  for (const Argument& a : p.arguments) {
-    for (const ValueRef& v : a.values) {
-      depends = depends || (v.node >= 0 && node(v.node).depends_on_input);
-    }
-  }
-
-  // --- shapes: the operator itself, on meta tensors
-  std::vector<TensorMeta> metas;
-  std::vector<int64_t> list_lengths;
-  bool tensors_only = true;
-  Stack results;
+c10::Device Recorder::device_of(const OperatorCall& call) {
   c10::Device device = c10::kCPU;
-  bool have_device = false;
-  for (size_t i = 0; i < nargs; ++i) {
-    for (const ValueRef& v : p.arguments[i].values) {
-      if (v.node >= 0 && (!have_device || device.type() == c10::kCPU)) {
-        device = node(v.node).metas[v.index].device;
-        have_device = true;
-      }
+  call.for_each_value([&](const ValueRef& v) {
+    if (device.type() == c10::kCPU) {
+      device = meta_of(v).device;
+    }
+  });
+  for (size_t i = 0; i < call.arguments.size(); ++i) {
+    const Argument& a = call.arguments[i];
+    if (is_device_argument(call.op.schema().arguments()[i]) && a.constant.isDevice()) {
+      device = a.constant.toDevice();
     }
   }
-  for (size_t i = 0; i < nargs; ++i) {
-    if (p.arguments[i].kind == ArgKind::Constant && has_device_arg(schema, i) &&
-        p.constants[i].isDevice()) {
-      device = p.constants[i].toDevice();
-    }
-  }
+  return device;
+}
 
-  bool use_real = op.hasTag(at::Tag::dynamic_output_shape) ||
-      op.hasTag(at::Tag::data_dependent_output);
-  if (!use_real) {
-    Stack meta_stack;
-    meta_stack.reserve(nargs);
-    for (size_t i = 0; i < nargs; ++i) {
-      const Argument& a = p.arguments[i];
-      auto meta_of = [&](const ValueRef& v) {
-        return node(v.node).metas[v.index].make_meta_tensor();
-      };
-      if (a.kind == ArgKind::Tensor) {
-        meta_stack.emplace_back(meta_of(a.values[0]));
-      } else if (a.kind == ArgKind::TensorList && a.optional_elements) {
-        c10::List<std::optional<at::Tensor>> list;
-        for (const ValueRef& v : a.values) {
-          list.push_back(v.node < 0 ? std::nullopt : std::optional<at::Tensor>(meta_of(v)));
-        }
-        meta_stack.emplace_back(std::move(list));
-      } else if (a.kind == ArgKind::TensorList) {
-        c10::List<at::Tensor> list;
-        for (const ValueRef& v : a.values) {
-          list.push_back(v.node < 0 ? at::Tensor() : meta_of(v));
-        }
-        meta_stack.emplace_back(std::move(list));
-      } else if (has_device_arg(schema, i) && (p.constants[i].isDevice() || p.operands.empty())) {
-        meta_stack.emplace_back(c10::Device(c10::kMeta));
-      } else {
-        meta_stack.push_back(p.constants[i]);
-      }
-    }
-    try {
-      StandaloneGuard alone;
-      op.callBoxed(&meta_stack);
-      results = std::move(meta_stack);
-    } catch (const std::exception&) {
-      // No meta kernel, or the program's own mistake: the real operator decides, and
-      // an error of the program leaves as the operator's own exception.
-      use_real = true;
-    }
-  }
+namespace {
 
-  auto node_ptr = [&](size_t num_outputs, std::vector<torch::lazy::Shape>&& shapes) {
-    auto n = std::make_shared<GenericNode>(
-        op, p.operands, std::move(shapes), num_outputs, constants_hash);
-    n->arguments = std::move(p.arguments);
-    n->constants = std::move(p.constants);
-    n->source = source;
-    n->random = random;
-    n->depends_on_input = depends;
-    return n;
+Outputs outputs_of(
+    const OperatorCall& call,
+    Stack results,
+    c10::Device device,
+    const std::string& where) {
+  Outputs out;
+  auto add = [&](const at::Tensor& t) {
+    TensorMeta m;
+    if (t.defined()) {
+      if (t.layout() != at::kStrided || t.is_quantized()) {
+        throw Unsupported(c10::str(
+            call.op.schema().operator_name(),
+            " makes a tensor of layout ",
+            t.layout(),
+            " and type ",
+            t.toString(),
+            ", which a graph cannot hold (at ",
+            where,
+            "): keep this part outside of the captured program"));
+      }
+      m = TensorMeta::of(t);
+      m.device = device;
+    } else {
+      m.defined = false;
+    }
+    out.metas.push_back(std::move(m));
+    out.values.push_back(t);
   };
+  for (const IValue& v : results) {
+    if (v.isTensor()) {
+      out.list_lengths.push_back(-1);
+      add(v.toTensor());
+    } else if (v.isTensorList()) {
+      const auto list = v.toTensorVector();
+      out.list_lengths.push_back(static_cast<int64_t>(list.size()));
+      for (const at::Tensor& t : list) {
+        add(t);
+      }
+    } else {
+      out.list_lengths.push_back(-2);
+      out.plain.push_back(v);
+    }
+  }
+  return out;
+}
 
-  std::shared_ptr<GenericNode> n;
-  if (use_real) {
-    n = node_ptr(0, {});
+} // namespace
+
+namespace {
+
+// Returns nothing and writes nothing: the operator exists to raise on bad data.
+bool is_check(const OperatorCall& call) {
+  return call.op.schema().returns().empty() && call.mutated.empty();
+}
+
+} // namespace
+
+std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device device) {
+  if (call.op.hasTag(at::Tag::dynamic_output_shape) ||
+      call.op.hasTag(at::Tag::data_dependent_output) || is_check(call)) {
+    return std::nullopt;
+  }
+  const ShapeKey key = shape_key(call, device, [&](const ValueRef& v) -> const TensorMeta& {
+    return meta_of(v);
+  });
+  if (auto known = shape_cache().find(key)) {
+    return known;
+  }
+  Stack stack;
+  stack.reserve(call.arguments.size());
+  call.push(stack, [&](const ValueRef& v) { return meta_of(v).make_meta_tensor(); });
+  for (size_t i = 0; i < call.arguments.size(); ++i) {
+    if (is_device_argument(call.op.schema().arguments()[i]) &&
+        (stack[i].isDevice() || call.operands.empty())) {
+      stack[i] = c10::Device(c10::kMeta);
+    }
+  }
+  std::vector<IValue> written;
+  for (size_t i : call.mutated) {
+    written.push_back(stack[i]);
+  }
+  Stack results;
+  try {
+    StandaloneGuard alone;
+    call.op.callBoxed(&stack);
+    results = std::move(stack);
+  } catch (const std::exception&) {
+    // No meta kernel, or the program's own mistake: the real operator decides, and
+    // an error of the program leaves as the operator's own exception.
+    return std::nullopt;
+  }
+  results.insert(results.end(), written.begin(), written.end());
+  Outputs out = outputs_of(call, std::move(results), device, describe(call.source));
+  out.values.clear();
+  if (!out.plain.empty()) {
+    return out;
+  }
+  shape_cache().insert(key, out);
+  return out;
+}
+
+Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
+  // A node of its own, so that random operators draw in their turn.
+  auto n = std::make_shared<GenericNode>(
+      call, std::vector<TensorMeta>{}, std::vector<int64_t>{});
+  call.for_each_value([&](const ValueRef& v) { materialize(v); });
+  Stack results;
+  if (call.random) {
     n->id = static_cast<int64_t>(nodes.size());
+    n->metas.resize(1);
     nodes.push_back(n);
     try {
-      // materialize() of a node without outputs: run it for its results.
-      std::vector<ValueRef> operands;
-      for (const Argument& a : n->arguments) {
-        for (const ValueRef& v : a.values) {
-          if (v.node >= 0) {
-            materialize(v);
-          }
-        }
-      }
-      Stack real_stack;
-      for (size_t i = 0; i < nargs; ++i) {
-        const Argument& a = n->arguments[i];
-        if (a.kind == ArgKind::Tensor) {
-          real_stack.emplace_back(node(a.values[0].node).values[a.values[0].index]);
-        } else if (a.kind == ArgKind::TensorList && a.optional_elements) {
-          c10::List<std::optional<at::Tensor>> list;
-          for (const ValueRef& v : a.values) {
-            list.push_back(
-                v.node < 0 ? std::nullopt
-                           : std::optional<at::Tensor>(node(v.node).values[v.index]));
-          }
-          real_stack.emplace_back(std::move(list));
-        } else if (a.kind == ArgKind::TensorList) {
-          c10::List<at::Tensor> list;
-          for (const ValueRef& v : a.values) {
-            list.push_back(v.node < 0 ? at::Tensor() : node(v.node).values[v.index]);
-          }
-          real_stack.emplace_back(std::move(list));
-        } else {
-          real_stack.push_back(n->constants[i]);
-        }
-      }
-      StandaloneGuard alone;
-      op.callBoxed(&real_stack);
-      results = std::move(real_stack);
+      materialize({n->id, 0});
     } catch (...) {
       nodes.pop_back();
       throw;
     }
     nodes.pop_back();
-  }
-
-  std::vector<at::Tensor> real_values;
-  for (const IValue& out : results) {
-    auto add = [&](const at::Tensor& t) {
-      TORCH_CHECK_NOT_IMPLEMENTED(
-          !t.defined() || t.layout() == at::kStrided,
-          schema.operator_name(),
-          " makes a tensor of layout ",
-          t.layout(),
-          ", which a graph cannot hold");
-      TensorMeta m;
-      if (t.defined()) {
-        m = TensorMeta::of(t);
-        m.device = device;
-      }
-      metas.push_back(std::move(m));
-      real_values.push_back(t);
-    };
-    if (out.isTensor()) {
-      list_lengths.push_back(-1);
-      add(out.toTensor());
-    } else if (out.isTensorList()) {
-      const auto list = out.toTensorVector();
-      list_lengths.push_back(static_cast<int64_t>(list.size()));
-      for (const at::Tensor& t : list) {
-        add(t);
-      }
-    } else {
-      tensors_only = false;
+    // Random operators give tensors only.
+    for (const at::Tensor& t : n->values) {
+      results.emplace_back(t);
     }
+  } else {
+    StandaloneGuard alone;
+    results = run(call);
   }
-  if (!tensors_only) {
-    // A number or a flag about tensors. What depends on data is guarded.
-    if (use_real) {
-      const Argument& first = n->arguments[0];
-      for (const Argument& a : n->arguments) {
-        for (const ValueRef& v : a.values) {
-          if (v.node >= 0) {
-            add_value_guard(v, materialize(v));
-          }
-        }
-      }
-      (void)first;
-    }
-    torch::jit::drop(*stack, nargs);
-    for (IValue& out : results) {
-      stack->push_back(std::move(out));
-    }
-    return;
-  }
-
-  std::vector<torch::lazy::Shape> shapes;
-  shapes.reserve(metas.size());
-  for (const TensorMeta& m : metas) {
-    shapes.emplace_back(m.dtype, m.sizes);
-  }
-  if (n) {
-    p.arguments = std::move(n->arguments);
-    p.constants = std::move(n->constants);
-  }
-  // TSLoweringContext wants one LTC output per lowered value: a Tensor[] return is
-  // unpacked, so outputs are counted as tensors.
-  n = node_ptr(std::max<size_t>(metas.size(), 1), std::move(shapes));
-  n->metas = metas;
-  n->list_lengths = list_lengths;
-  n->id = static_cast<int64_t>(nodes.size());
-  if (use_real) {
-    n->values = real_values;
-  }
-  nodes.push_back(n);
-  if (use_real && depends) {
-    for (size_t i = 0; i < metas.size(); ++i) {
-      guards.push_back(
-          {Guard::Kind::Sizes, {n->id, static_cast<int64_t>(i)}, {}, metas[i].sizes, source});
-    }
-  }
-
-  const bool wrap =
-      !c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::Functionalize);
-  torch::jit::drop(*stack, nargs);
-  size_t k = 0;
-  for (const IValue& out : results) {
-    auto take = [&](bool defined) {
-      const size_t index = k++;
-      return defined ? make_tensor({n->id, static_cast<int64_t>(index)}, wrap) : at::Tensor();
-    };
-    if (out.isTensor()) {
-      stack->emplace_back(take(out.toTensor().defined()));
-    } else {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& t : out.toTensorVector()) {
-        list.push_back(take(t.defined()));
-      }
-      stack->emplace_back(std::move(list));
-    }
-  }
+  return outputs_of(call, std::move(results), device, describe(call.source));
 }
 
-// -------------------------------------------------------------------- dispatch
+// ----------------------------------------------------------------- verification
 
 namespace {
 
-template <class F>
-void for_each_tensor(Stack* stack, size_t nargs, F&& f) {
-  const size_t begin = stack->size() - nargs;
-  for (size_t i = 0; i < nargs; ++i) {
-    IValue& v = (*stack)[begin + i];
-    if (v.isTensor()) {
-      f(v.toTensor());
-    } else if (v.isTensorList()) {
-      for (const at::Tensor& t : v.toTensorVector()) {
-        f(t);
-      }
-    } else if (v.isOptionalTensorList()) {
-      for (const std::optional<at::Tensor>& t : v.toOptionalTensorVector()) {
-        if (t.has_value()) {
-          f(*t);
-        }
-      }
-    }
-  }
-}
+enum class Agreement { Full, Layout, None };
 
-void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
-  const c10::FunctionSchema& schema = op.schema();
-  const size_t nargs = schema.arguments().size();
-  bool any_capture = false;
-  bool any_tensor = false;
-  for_each_tensor(stack, nargs, [&](const at::Tensor& t) {
-    any_tensor = any_tensor || t.defined();
-    any_capture = any_capture || as_capture(t) != nullptr;
-  });
-  Recorder* recorder = current_recorder;
-  if (recorder == nullptr) {
-    TORCH_CHECK(
-        !any_capture,
-        "a tensor that belongs to a finished capture was used by ",
-        schema.operator_name(),
-        ": the program kept it somewhere outside its results");
+// Layout: the sizes agree, and not the strides, offsets or dtypes. The strides of
+// dimensions of size 1 and of empty tensors decide nothing.
+Agreement compare(const std::vector<TensorMeta>& real, const std::vector<TensorMeta>& inferred) {
+  if (real.size() != inferred.size()) {
+    return Agreement::None;
   }
-  bool factory = false;
-  if (recorder != nullptr && !any_tensor) {
-    for (size_t i = 0; i < nargs; ++i) {
-      if (has_device_arg(schema, i)) {
-        const IValue& v = (*stack)[stack->size() - nargs + i];
-        factory = v.isNone() || v.toDevice().type() != c10::kMeta;
-      }
+  bool same = true;
+  for (size_t k = 0; k < real.size(); ++k) {
+    const TensorMeta& a = real[k];
+    const TensorMeta& b = inferred[k];
+    if (a.defined != b.defined || a.sizes != b.sizes) {
+      return Agreement::None;
+    }
+    same = same && a.dtype == b.dtype && a.conj == b.conj && a.neg == b.neg;
+    if (std::find(a.sizes.begin(), a.sizes.end(), 0) != a.sizes.end()) {
+      continue;
+    }
+    for (size_t d = 0; d < a.sizes.size(); ++d) {
+      same = same && (a.sizes[d] == 1 || a.strides[d] == b.strides[d]);
     }
   }
-  if (any_capture || factory) {
-    recorder->record(op, stack);
-    return;
-  }
-  c10::impl::ExcludeDispatchKeyGuard guard(DispatchKey::Fake);
-  op.redispatchBoxed(
-      ks & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Fake), stack);
-}
-
-void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
-  Recorder* recorder = current_recorder;
-  const size_t nargs = op.schema().arguments().size();
-  const size_t begin = stack->size() - nargs;
-  c10::impl::ExcludeDispatchKeyGuard guard(DispatchKey::DeferredInit);
-  if (recorder == nullptr) {
-    op.callBoxed(stack);
-    return;
-  }
-  const std::string& name = op.schema().name();
-  if (name == "aten::lift_fresh" || name == "aten::lift") {
-    // A tensor the program has just made from Python data.
-    const at::Tensor t = (*stack)[begin].toTensor();
-    if (recorder->is_liftable(t)) {
-      torch::jit::drop(*stack, nargs);
-      stack->emplace_back(recorder->lift(t, /*constant=*/true));
-      return;
-    }
-  }
-  for (size_t i = 0; i < nargs; ++i) {
-    IValue& v = (*stack)[begin + i];
-    if (v.isTensor()) {
-      if (v.toTensor().defined()) {
-        v = IValue(recorder->twin_of(v.toTensor()));
-      }
-    } else if (v.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& t : v.toTensorVector()) {
-        list.push_back(recorder->twin_of(t));
-      }
-      v = IValue(std::move(list));
-    } else if (v.isOptionalTensorList()) {
-      c10::List<std::optional<at::Tensor>> list;
-      for (const std::optional<at::Tensor>& t : v.toOptionalTensorVector()) {
-        list.push_back(
-            t.has_value() ? std::optional<at::Tensor>(recorder->twin_of(*t)) : std::nullopt);
-      }
-      v = IValue(std::move(list));
-    }
-  }
-  op.callBoxed(stack);
-  if (op.schema().is_mutable()) {
-    // `w.mul_(2)` returns `w`: the user's own tensor, not its twin.
-    for (IValue& v : *stack) {
-      if (v.isTensor()) {
-        auto it = recorder->input_by_twin.find(v.toTensor().unsafeGetTensorImpl());
-        if (it != recorder->input_by_twin.end()) {
-          v = IValue(recorder->inputs[it->second].tensor);
-        }
-      }
-    }
-  }
+  return same ? Agreement::Full : Agreement::Layout;
 }
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(_, Fake, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&record_kernel>());
+Checked Recorder::run_checked(
+    const std::vector<ValueRef>& roots,
+    const std::vector<int64_t>& parameters,
+    const std::vector<at::Tensor>& tensors) {
+  const int64_t count = static_cast<int64_t>(nodes.size());
+  std::vector<int64_t> last_use(count, -1);
+  for (const ValueRef& r : roots) {
+    last_use[r.node] = count;
+  }
+  for (int64_t i = count - 1; i >= 0; --i) {
+    if (node(i).random()) {
+      last_use[i] = std::max(last_use[i], i);
+    }
+    if (last_use[i] >= 0 && node(i).call) {
+      node(i).call->for_each_value(
+          [&](const ValueRef& v) { last_use[v.node] = std::max(last_use[v.node], i); });
+    }
+  }
+  std::vector<std::vector<int64_t>> dead_after(count);
+  for (int64_t i = 0; i < count; ++i) {
+    node(i).values.clear();
+    if (last_use[i] >= 0 && last_use[i] < count) {
+      dead_after[last_use[i]].push_back(i);
+    }
+  }
+  StandaloneGuard alone;
+  for (size_t k = 0; k < parameters.size(); ++k) {
+    node(inputs[parameters[k]].node).values = {tensors[k].detach()};
+  }
+  Checked result;
+  for (int64_t i = 0; i < count; ++i) {
+    GenericNode& n = node(i);
+    if (last_use[i] < 0) {
+      continue;
+    }
+    if (n.call) {
+      Stack results = run(*n.call);
+      n.values = tensors_of(results);
+      const Outputs real =
+          outputs_of(*n.call, std::move(results), device_of(*n.call), describe(n.call->source));
+      const auto agrees = compare(real.metas, n.metas);
+      if (agrees == Agreement::Layout) {
+        const ShapeKey key = shape_key(*n.call, device_of(*n.call), [&](const ValueRef& v) -> const TensorMeta& {
+          return meta_of(v);
+        });
+        Outputs learned = real;
+        learned.values.clear();
+        shape_cache().insert(key, learned);
+        result.learned = true;
+      }
+      if (agrees != Agreement::Full) {
+        break;
+      }
+    }
+    for (int64_t d : dead_after[i]) {
+      node(d).values.clear();
+    }
+    result.complete = i + 1 == count;
+  }
+  for (const ValueRef& r : roots) {
+    if (result.complete) {
+      result.values.push_back(node(r.node).values[r.index]);
+    }
+  }
+  for (auto& n : nodes) {
+    n->values.clear();
+  }
+  return result;
 }
 
-TORCH_LIBRARY_IMPL(_, DeferredInit, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&lift_kernel>());
+void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  if (op.schema().name() == "aten::equal") {
+    // The answer is guarded, not the operands: it is a node of the graph.
+    const at::Tensor self = (*stack)[stack->size() - 2].toTensor();
+    const at::Tensor other = (*stack)[stack->size() - 1].toTensor();
+    if (self.sizes() == other.sizes() && self.scalar_type() == other.scalar_type()) {
+      torch::jit::drop(*stack, count);
+      stack->emplace_back(at::eq(self, other).all().item<bool>());
+      return;
+    }
+  }
+  OperatorCall call = parse(op, *stack, stack->size() - count);
+  note_forced_fallback(call);
+  const c10::Device device = device_of(call);
+  std::optional<Outputs> inferred = infer(call, device);
+  const bool observed = !inferred.has_value();
+  Outputs out = observed ? observe(call, device) : std::move(*inferred);
+  if ((out.metas.empty() && !out.plain.empty()) || is_check(call)) {
+    // A number or a flag about tensors. What depends on data is guarded.
+    if (observed) {
+      call.for_each_value([&](const ValueRef& v) { add_value_guard(v, materialize(v)); });
+    }
+    torch::jit::drop(*stack, count);
+    for (IValue& v : out.plain) {
+      stack->push_back(std::move(v));
+    }
+    return;
+  }
+
+  const bool guarded = observed && call.depends_on_input;
+  const SourceLocation source = call.source;
+  const std::vector<size_t> mutated = call.mutated;
+  auto n = std::make_shared<GenericNode>(
+      std::move(call), std::move(out.metas), std::move(out.list_lengths));
+  n->id = static_cast<int64_t>(nodes.size());
+  if (observed) {
+    n->values = std::move(out.values);
+  }
+  nodes.push_back(n);
+  if (guarded) {
+    for (size_t i = 0; i < n->metas.size(); ++i) {
+      if (n->metas[i].defined) {
+        guards.push_back(
+            {Guard::Kind::Sizes,
+             {n->id, static_cast<int64_t>(i)},
+             {},
+             n->metas[i].sizes,
+             source});
+      }
+    }
+  }
+
+  // In the middle of functionalization the caller wraps the results itself.
+  const bool wrap =
+      !c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::Functionalize) ||
+      !mutated.empty();
+  const Stack arguments(stack->end() - static_cast<int64_t>(count), stack->end());
+  torch::jit::drop(*stack, count);
+  int64_t index = 0;
+  auto take = [&](bool wrapped) {
+    const ValueRef v{n->id, index++};
+    return meta_of(v).defined ? make_tensor(v, wrapped) : at::Tensor();
+  };
+  const size_t returns = n->list_lengths.size() - mutated.size();
+  size_t plain = 0;
+  for (size_t r = 0; r < returns; ++r) {
+    if (n->list_lengths[r] == -2) {
+      stack->push_back(out.plain[plain++]);
+      continue;
+    }
+    if (n->list_lengths[r] < 0) {
+      stack->emplace_back(take(wrap));
+      continue;
+    }
+    c10::List<at::Tensor> list;
+    for (int64_t i = 0; i < n->list_lengths[r]; ++i) {
+      list.push_back(take(wrap));
+    }
+    stack->emplace_back(std::move(list));
+  }
+  auto write = [&](const at::Tensor& argument) {
+    at::Tensor value = take(/*wrapped=*/false);
+    if (!fi::isFunctionalTensor(argument)) {
+      throw Unsupported(c10::str(
+          op.schema().operator_name(),
+          " writes to its argument where functionalization cannot follow it (at ",
+          describe(source),
+          "): call it outside of transforms, on plain tensors"));
+    }
+    fi::replace_(argument, value);
+    fi::commit_update(argument);
+    fi::sync(argument);
+  };
+  for (size_t i : mutated) {
+    if (arguments[i].isTensor()) {
+      write(arguments[i].toTensor());
+    } else {
+      for (const at::Tensor& t : arguments[i].toTensorVector()) {
+        write(t);
+      }
+    }
+  }
 }
 
 } // namespace tle

@@ -1,119 +1,28 @@
-// Stage "record": the capture-time tensor, the generic LTC node and the
-// recorder that owns them.
+// Stage "record": owns one capture.
 #pragma once
 
-#include <Python.h>
+#include "node.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/ivalue.h>
-#include <c10/core/TensorImpl.h>
-#include <torch/csrc/jit/frontend/source_range.h>
-#include <torch/csrc/lazy/ts_backend/ts_node.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/Generator.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
 
 #include <map>
-#include <memory>
 #include <string>
+#include <tuple>
 #include <unordered_map>
-#include <vector>
+#include <unordered_set>
 
 namespace tle {
 
-// Everything about a tensor that a program can see without reading its data.
-struct TensorMeta {
-  std::vector<int64_t> sizes;
-  std::vector<int64_t> strides;
-  int64_t storage_offset = 0;
-  at::ScalarType dtype = at::kFloat;
-  c10::Device device = c10::kCPU;
-  bool conj = false;
-  bool neg = false;
-
-  static TensorMeta of(const at::Tensor& tensor);
-  at::Tensor make_meta_tensor() const;
-};
-
-// A line of the user's program; the code object keeps the file name alive.
-struct SourceLocation {
-  PyCodeObject* code = nullptr; // owned by the Recorder's code table
-  int line = 0;
-};
-
-struct Recorder;
-
-// One operand of an operator: output `index` of the node recorded as `node`.
-struct ValueRef {
-  int64_t node = -1; // -1: no tensor (None, or an undefined tensor)
-  int64_t index = 0;
-  bool operator==(const ValueRef& o) const {
-    return node == o.node && index == o.index;
-  }
-};
-
-enum class ArgKind : uint8_t { Constant, Tensor, TensorList };
-
-struct Argument {
-  ArgKind kind = ArgKind::Constant;
-  std::vector<ValueRef> values; // Tensor: one; TensorList: one per element
-  bool optional_elements = false;
-};
-
-enum class NodeKind : uint8_t { Input, Operator };
-
-// The generic LTC node. An Input stands for a lifted tensor; an Operator holds
-// any dispatcher operator together with its non-tensor arguments.
-class GenericNode : public torch::lazy::TsNode {
- public:
-  // Input
-  GenericNode(int64_t input_index, const TensorMeta& meta);
-  // Operator
-  GenericNode(
-      c10::OperatorHandle op,
-      torch::lazy::OpList operands,
-      std::vector<torch::lazy::Shape>&& shapes,
-      size_t num_outputs,
-      torch::lazy::hash_t constants_hash);
-
-  torch::lazy::TSOpVector Lower(
-      std::shared_ptr<torch::jit::GraphFunction> function,
-      torch::lazy::TSLoweringContext* loctx) const override;
-
-  NodeKind kind;
-  int64_t input_index = -1;
-  std::optional<c10::OperatorHandle> handle;
-  std::vector<Argument> arguments;
-  std::vector<c10::IValue> constants; // parallel to arguments
-  std::vector<TensorMeta> metas; // one per output tensor
-  std::vector<int64_t> list_lengths; // per schema return: -1, or length of Tensor[]
-  SourceLocation source;
-  torch::jit::SourceRange source_range; // `source` for the lowered node
-  int64_t id = -1; // position in program order
-  bool random = false;
-  bool depends_on_input = false;
-  std::vector<at::Tensor> values; // real outputs, once computed during capture
-};
-
-// A tensor of the running capture. It says of itself what the eager tensor would
-// say (device, sizes, strides, dtype) and holds no data.
-struct CaptureTensorImpl : public c10::TensorImpl {
-  CaptureTensorImpl(
-      std::shared_ptr<Recorder> recorder,
-      ValueRef value,
-      const TensorMeta& meta);
-
-  c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(
-      const c10::VariableVersion& version_counter,
-      bool allow_tensor_metadata_change) const override;
-  c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(
-      c10::VariableVersion&& version_counter,
-      bool allow_tensor_metadata_change) const override;
-
-  std::shared_ptr<Recorder> recorder;
-  ValueRef value;
-  TensorMeta meta;
-};
-
-// nullptr when the tensor is not a tensor of a capture.
-CaptureTensorImpl* as_capture(const at::Tensor& tensor);
+// Keys that serve a capture, on for the capturing thread only: DeferredInit, above
+// autograd, puts twins in the place of the user's tensors; Fake, below
+// functionalization, records. PyTorch keeps both for out-of-tree modes of this kind,
+// and its own tensor constructors switch them off where they write to memory.
+constexpr c10::DispatchKeySet capture_keys{
+    c10::DispatchKey::Fake,
+    c10::DispatchKey::DeferredInit};
 
 struct Guard {
   enum class Kind : uint8_t { Value, Sizes } kind;
@@ -125,12 +34,29 @@ struct Guard {
 
 struct LiftedInput {
   at::Tensor tensor; // the user's tensor
-  at::Tensor twin; // its functional wrapper during the capture
+  at::Tensor twin; // what stands for it: a functional tensor over a capture tensor
   int64_t node;
-  bool constant; // created by the program itself: no one else can change it
+  bool constant; // made by the program itself: no one else can change it
+  int64_t base = -1; // the input that holds all of its storage, when it was lifted as a view
 };
 
-// Owns one capture: the nodes in program order, the lifted tensors and the guards.
+// What an operator gives: known shapes, and values when it had to run for them.
+struct Outputs {
+  std::vector<TensorMeta> metas;
+  std::vector<int64_t> list_lengths; // as in GenericNode
+  std::vector<at::Tensor> values; // empty, or parallel to metas
+  std::vector<c10::IValue> plain; // the results that are no tensors, in their order
+};
+
+// The first run of a graph, operator by operator.
+struct Checked {
+  std::vector<at::Tensor> values; // of the roots, when it is complete
+  bool complete = false;
+  // An operator gave other strides than its meta kernel had said: that is known now, and
+  // the program has to be captured again.
+  bool learned = false;
+};
+
 struct Recorder : public std::enable_shared_from_this<Recorder> {
   Recorder();
   ~Recorder();
@@ -151,46 +77,103 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
    private:
     Recorder* previous_;
     bool previous_reapply_;
+    c10::impl::IncludeDispatchKeyGuard include_;
+    c10::impl::ExcludeDispatchKeyGuard exclude_;
   };
 
   at::Tensor lift(const at::Tensor& tensor, bool constant);
+  void check_generator(); // raises when the program has set its state
   at::Tensor twin_of(const at::Tensor& tensor); // lifts when necessary
   bool is_liftable(const at::Tensor& tensor) const;
+  // From now on `twin` stands for `tensor` (an assignment to `tensor.data`).
+  void rebind(const at::Tensor& tensor, const at::Tensor& twin);
 
-  at::Tensor make_tensor(ValueRef value, bool wrap_functional);
   void record(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 
   // The value a capture tensor has in this run, computed beside the graph.
   at::Tensor materialize(ValueRef value);
+  // Runs the nodes on `tensors`, the values of the lifted inputs `parameters`, and
+  // compares what each operator gives with what shape inference said.
+  Checked run_checked(
+      const std::vector<ValueRef>& roots,
+      const std::vector<int64_t>& parameters,
+      const std::vector<at::Tensor>& tensors);
   void add_value_guard(ValueRef value, const at::Tensor& expected);
 
   GenericNode& node(int64_t id) {
     return *nodes[id];
   }
+  const TensorMeta& meta_of(ValueRef value) {
+    return nodes[value.node]->metas[value.index];
+  }
   std::string describe(const SourceLocation& source) const;
   torch::jit::SourceRange source_range(const SourceLocation& source);
   SourceLocation current_source();
+  std::vector<at::Generator> generators() const; // what random nodes draw from
 
-  std::vector<std::shared_ptr<GenericNode>> nodes;
+  std::vector<std::shared_ptr<GenericNode>> nodes; // in program order
   std::vector<LiftedInput> inputs;
   std::unordered_map<c10::TensorImpl*, size_t> input_by_impl;
   std::unordered_map<c10::TensorImpl*, size_t> input_by_twin;
+  std::unordered_map<c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> rebound;
+  // Storages of which the program reads several tensors and writes to one.
+  std::unordered_set<c10::StorageImpl*> shared_storages;
   std::vector<Guard> guards;
-  // operator -> (count, where) for operators the fallback config names
+  // (operator, count, where) for operators the fallback config names
   std::vector<std::tuple<std::string, int64_t, std::string>> fallbacks;
-  std::unordered_map<PyCodeObject*, bool> code_is_library;
-  std::map<std::pair<PyCodeObject*, int>, torch::jit::SourceRange> source_ranges;
-  std::string library_prefix;
-  std::string own_prefix;
-  at::Tensor rng_state; // the program's view of the default CPU generator
-  bool ran_random = false;
-  bool finished = false;
 
  private:
-  void run_node(GenericNode& node);
-  Recorder* previous_ = nullptr;
+  OperatorCall parse(const c10::OperatorHandle& op, const torch::jit::Stack& stack, size_t begin);
+  ValueRef value_of(const at::Tensor& tensor, const c10::OperatorHandle& op);
+  c10::Device device_of(const OperatorCall& call);
+  std::optional<Outputs> infer(const OperatorCall& call, c10::Device device);
+  Outputs observe(const OperatorCall& call, c10::Device device);
+  void note_forced_fallback(const OperatorCall& call);
+  at::Tensor make_tensor(ValueRef value, bool wrap_functional);
+  torch::jit::Stack run(const OperatorCall& call);
+  std::vector<char> needed_for(int64_t target);
+  at::Tensor lift_alone(const at::Tensor& tensor, bool constant);
+  at::Tensor lift_storage(const at::Tensor& tensor);
+
+  std::unordered_map<PyCodeObject*, bool> code_is_library_;
+  std::map<std::pair<PyCodeObject*, int>, torch::jit::SourceRange> source_ranges_;
+  std::string library_prefix_;
+  std::string own_prefix_;
+  // The program's view of each generator it drew from so far.
+  std::unordered_map<c10::GeneratorImpl*, at::Tensor> rng_states_;
+  at::Tensor generator_state_; // of the default generator when the capture began
   bool previous_reapply_ = false;
   bool entered_ = false;
+  bool finished_ = false;
 };
+
+// Lets code run as if there were no capture, no autograd and no mode of any kind;
+// restores every thread-local on the way out.
+class StandaloneGuard {
+ public:
+  StandaloneGuard();
+  ~StandaloneGuard();
+  StandaloneGuard(const StandaloneGuard&) = delete;
+  StandaloneGuard& operator=(const StandaloneGuard&) = delete;
+
+ private:
+  c10::impl::ExcludeDispatchKeyGuard exclude_;
+  c10::AutoGradMode grad_;
+  at::impl::TorchFunctionDisabledState torch_function_;
+  Recorder* recorder_;
+};
+
+// Leaves C++ as torch_lazy_ext.UnsupportedError.
+struct Unsupported : public torch::PyTorchError {
+  using PyTorchError::PyTorchError;
+  PyObject* python_type() override;
+};
+void set_unsupported_type(PyObject* type);
+
+// The whole storage of a tensor as one flat tensor of its dtype.
+at::Tensor whole_storage(const at::Tensor& tensor);
+
+// Whether an argument of this type names a device.
+bool is_device_argument(const c10::Argument& argument);
 
 } // namespace tle

@@ -1,0 +1,276 @@
+"""Structures of Python objects: taken apart for comparison, and put together again.
+
+`torch.utils._pytree` knows a fixed list of containers and no identity. A program's arguments,
+results and state hold more than that: dataclasses, caches with tensors as attributes, one list that
+is held twice, the caller's own dictionary in the result. So this takes apart whatever is made of
+lists, tuples, dictionaries and instance attributes, and remembers what was the same object.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# Values that a program can only read; compared with `same`.
+SIMPLE_TYPES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+_ATOMIC = frozenset(SIMPLE_TYPES) | {
+    torch.Tensor,
+    nn.Parameter,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    slice,
+    range,
+    torch.layout,
+    torch.memory_format,
+}
+# Classes of torch that are plain structures of tensors.
+_STRUCTURES_OF_TORCH = ("torch.distributions", "torch.nn.utils.rnn", "torch.return_types")
+_LIMIT = 10_000  # a longer container is data, not structure: it counts by identity
+
+
+class Shape:
+    """What a container looks like without its children: class, keys, attribute names.
+
+    Two containers with equal shapes and equal children are indistinguishable.
+    """
+
+    __slots__ = ("cls", "length", "keys", "attributes", "extra", "_identity")
+
+    def __init__(
+        self, cls: type, length: int, keys: tuple[Any, ...] | None, attributes: tuple[str, ...],
+        extra: Any = None,
+    ) -> None:
+        self.cls = cls
+        self.length = length  # children that are items; the rest are attributes
+        self.keys = keys
+        self.attributes = attributes
+        self.extra = extra  # default_factory, maxlen
+        key_types = None if keys is None else tuple(map(type, keys))
+        self._identity = (cls, length, keys, key_types, attributes, extra)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shape) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash((self.cls, self.length, len(self.attributes)))
+
+
+def parts(value: Any) -> tuple[Shape, list[Any]] | None:
+    """The shape and the children of a container; None for a leaf."""
+    cls = type(value)
+    if cls in _ATOMIC:
+        return None
+    if cls is list or cls is tuple:
+        return Shape(cls, len(value), None, ()), list(value)
+    if cls is dict:
+        if len(value) > _LIMIT:
+            return None
+        return Shape(cls, len(value), tuple(value), ()), list(value.values())
+    if not _is_structure(cls, value):
+        return None
+    items: list[Any] = []
+    keys = extra = None
+    if isinstance(value, dict):
+        keys = tuple(dict.keys(value))
+        items = list(dict.values(value))
+        extra = getattr(value, "default_factory", None)
+    elif isinstance(value, (tuple, list)):
+        items = list(tuple.__iter__(value) if isinstance(value, tuple) else list.__iter__(value))
+    elif isinstance(value, collections.deque):
+        items = list(value)
+        extra = value.maxlen
+    if len(items) > _LIMIT:
+        return None
+    attributes = _attributes(value)
+    shape = Shape(cls, len(items), keys, tuple(attributes), extra)
+    return shape, items + list(attributes.values())
+
+
+def _is_structure(cls: type, value: Any) -> bool:
+    if issubclass(cls, (torch.Tensor, nn.Module, type, enum.Enum, BaseException)):
+        return False
+    if issubclass(cls, (tuple, list, dict, collections.deque)):
+        return True
+    module = cls.__module__ or ""
+    root = module.partition(".")[0]
+    if root == "torch":
+        return module.startswith(_STRUCTURES_OF_TORCH)
+    if cls is types.SimpleNamespace:
+        return True
+    if root in sys.stdlib_module_names or root in ("numpy", "torch_lazy_ext"):
+        return False
+    return hasattr(value, "__dict__") or any("__slots__" in vars(c) for c in cls.__mro__)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    found = dict(getattr(value, "__dict__", ()))
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{cls.__name__.lstrip('_')}{name}"
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def is_immutable(shape: Shape) -> bool:
+    return issubclass(shape.cls, tuple)
+
+
+def make(shape: Shape) -> Any:
+    """An empty container of this shape, for `fill`. Not for tuples, which cannot be filled."""
+    cls = shape.cls
+    if cls is list or cls is dict:
+        return cls()
+    if issubclass(cls, collections.deque):
+        return cls(maxlen=shape.extra)
+    if issubclass(cls, collections.defaultdict):
+        made = cls.__new__(cls)
+        made.default_factory = shape.extra
+        return made
+    return cls.__new__(cls)
+
+
+def make_tuple(shape: Shape, children: list[Any]) -> Any:
+    cls = shape.cls
+    items = children[: shape.length]
+    if cls is tuple:
+        return tuple(items)
+    if cls is torch.Size:
+        return torch.Size(items)
+    if hasattr(cls, "n_sequence_fields"):  # torch.return_types: made by C code
+        return cls(items)
+    made = tuple.__new__(cls, items)
+    _set_attributes(made, shape, children)
+    return made
+
+
+def fill(value: Any, shape: Shape, children: list[Any]) -> None:
+    """Give `value` exactly this content, in place."""
+    items = children[: shape.length]
+    if isinstance(value, list):
+        list.clear(value)
+        list.extend(value, items)
+    elif isinstance(value, dict):
+        ordered = isinstance(value, collections.OrderedDict)
+        base: Any = collections.OrderedDict if ordered else dict
+        base.clear(value)
+        for key, item in zip(shape.keys or (), items, strict=True):
+            base.__setitem__(value, key, item)
+    elif isinstance(value, collections.deque):
+        value.clear()
+        value.extend(items)
+    _set_attributes(value, shape, children)
+
+
+def _set_attributes(value: Any, shape: Shape, children: list[Any]) -> None:
+    own = getattr(value, "__dict__", None)
+    wanted = dict(zip(shape.attributes, children[shape.length :], strict=True))
+    if own is not None:
+        for name in [n for n in own if n not in wanted]:
+            del own[name]
+    for name, child in wanted.items():
+        if own is not None and not isinstance(
+            getattr(type(value), name, None), types.MemberDescriptorType
+        ):
+            own[name] = child
+        else:
+            object.__setattr__(value, name, child)
+
+
+class Flat:
+    """A value taken apart.
+
+    Attributes:
+        leaves: everything that is no container, in order.
+        spec: the nested structure; equal specs mean equal structures, also in what is one object.
+        containers: each container once, in order of discovery.
+    """
+
+    __slots__ = ("leaves", "spec", "containers")
+
+    def __init__(self, leaves: list[Any], spec: Any, containers: list[Any]) -> None:
+        self.leaves = leaves
+        self.spec = spec
+        self.containers = containers
+
+
+def flatten(value: Any) -> Flat:
+    leaves: list[Any] = []
+    containers: list[Any] = []
+    seen: dict[int, int] = {}
+
+    def walk(v: Any) -> Any:
+        taken = parts(v)
+        if taken is None:
+            leaves.append(v)
+            return None
+        known = seen.get(id(v))
+        if known is not None:
+            return known
+        seen[id(v)] = len(containers)
+        containers.append(v)
+        shape, children = taken
+        return (shape, tuple([walk(c) for c in children]))
+
+    spec = walk(value)
+    return Flat(leaves, spec, containers)
+
+
+def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
+    """A copy of `value` with `replace(leaf)` for each leaf, and its containers as in `flatten`.
+
+    An immutable container without containers or replaced leaves below it is still made anew.
+    """
+    containers: list[Any] = []
+    made: dict[int, Any] = {}
+
+    def walk(v: Any) -> Any:
+        taken = parts(v)
+        if taken is None:
+            return replace(v)
+        if id(v) in made:
+            return made[id(v)]
+        shape, children = taken
+        position = len(containers)
+        containers.append(None)
+        if is_immutable(shape):
+            copy = make_tuple(shape, [walk(c) for c in children])
+            made[id(v)] = copy
+        else:
+            copy = made[id(v)] = make(shape)
+            fill(copy, shape, [walk(c) for c in children])
+        containers[position] = copy
+        return copy
+
+    return walk(value), containers
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality of leaves as a program can tell them apart: 1, 1.0, True differ, nan equals nan."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return a == b and str(a) == str(b) or (a != a and b != b)
+    if type(a).__module__ == "numpy":
+        if not hasattr(a, "dtype"):
+            return False
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    try:
+        return bool(a == b)
+    except Exception:  # a foreign __eq__ may raise anything; then only identity counts
+        return False
