@@ -92,8 +92,11 @@ class Slot:
         return f"Slot({self.name})"
 
 
+CONTENT = object()  # as a key: everything in a list
+
+
 class Change:
-    """A slot that the program wrote, or a list it changed (`key` is None: all of the content)."""
+    """A slot that the program wrote, or a list it changed (`key` is `CONTENT`)."""
 
     __slots__ = ("owner", "key", "value")
 
@@ -107,14 +110,14 @@ class State:
     """What a callable can reach, and what it held when the walk was made.
 
     Attributes:
-        tensors: id of a tensor -> the tensor and the `Slot` that holds it.
+        tensors: id of a tensor -> the tensor and the slots that hold it.
         modules: every `nn.Module` found, in order of discovery.
         values: slots of everything else, with what they held.
         containers: the mutable containers, each with its content: `{key: value}` or a list.
     """
 
     def __init__(self, *roots: Any) -> None:
-        self.tensors: dict[int, tuple[torch.Tensor, Slot]] = {}
+        self.tensors: dict[int, tuple[torch.Tensor, list[Slot]]] = {}
         self.modules: list[nn.Module] = []
         self.values: list[tuple[Slot, Any]] = []
         self.containers: list[tuple[Any, Any]] = []
@@ -129,9 +132,9 @@ class State:
         """Whether this very object was there before the program ran."""
         return self._seen.get(id(value)) is value
 
-    def slot_of(self, tensor: torch.Tensor) -> Slot | None:
+    def slots_of(self, tensor: torch.Tensor) -> list[Slot]:
         found = self.tensors.get(id(tensor))
-        return None if found is None else found[1]
+        return [] if found is None else found[1]
 
     # ------------------------------------------------------------------ changes
 
@@ -144,7 +147,7 @@ class State:
             elif len(container) != len(before) or any(
                 a is not b for a, b in zip(container, before)
             ):
-                changes.append(Change(container, None, list(container)))
+                changes.append(Change(container, CONTENT, list(container)))
                 container.clear()
                 container.extend(before)
         for slot, before in self._single:
@@ -240,7 +243,7 @@ class State:
         if single:
             self._single.append((slot, value))
         if isinstance(value, torch.Tensor):
-            self.tensors.setdefault(id(value), (value, slot))
+            self.tensors.setdefault(id(value), (value, []))[1].append(slot)
             return
         self.values.append((slot, value))
         if type(value) not in _tree.SIMPLE_TYPES:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torch_lazy_ext import _C, _lift, _tree
+from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._record import Recording
 
 
@@ -29,9 +30,10 @@ class SharedStorage(Exception):  # noqa: N818 - a request, not an error
 
 @dataclasses.dataclass(eq=False)
 class FromLifted:
-    """A lifted tensor itself."""
+    """A lifted tensor itself; `alias`: another tensor object over its memory (`x.data`)."""
 
     index: int
+    alias: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -129,7 +131,7 @@ class Lowered:
         lifted: (the user's tensor, whether it is a constant, index of its storage's input or -1).
         result: how to put the result together.
         refills: (position of an argument's container, its new content).
-        effects: (owner, key or None for all of a list, source or MISSING): changes of state.
+        effects: (owner, key or CONTENT, source or MISSING): changes of state.
         assigned: (lifted index, source): assignments to `tensor.data`.
     """
 
@@ -172,8 +174,8 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     refills = [(i, sources.build(c)) for i, c in recording.refilled.items()]
     effects = []
     for change in recording.changes:
-        if change.key is None:
-            effects.append((change.owner, None, sources.build(change.value)))
+        if change.key is _lift.CONTENT:
+            effects.append((change.owner, change.key, sources.build(change.value)))
         elif change.value is _lift.MISSING:
             effects.append((change.owner, change.key, _lift.MISSING))
         else:
@@ -226,6 +228,12 @@ def _write(
     ):
         offset = twin.storage_offset() - tensor.storage_offset()
         meta = (list(twin.shape), list(twin.stride()), offset)
+    if about.mutated and torch._debug_has_internal_overlap(tensor) == 1:
+        raise UnsupportedError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. The program writes to an expanded tensor that it was given: "
+            "clone() it before"
+        )
     if about.mutated and base in (-1, index):
         return [Write(index, roots.add(about.value), about.version, meta)]
     if about.version or meta is not None:
@@ -303,7 +311,7 @@ class _Sources:
             return Constant(value)
         if _tree.parts(value) is not None:
             return self.build(value)
-        if isinstance(value, (set, frozenset, bytearray)):
+        if isinstance(value, (set, bytearray)) or type(value).__module__ == "numpy":
             return Copied(copy.copy(value))
         return Constant(value)
 
@@ -336,6 +344,8 @@ class _Sources:
         elif about.lifted >= 0:
             return FromLifted(about.lifted)
         elif base >= 0 and about.mutated:
+            if not len(about.views):
+                return FromLifted(base, alias=True)
             return FromView(FromLifted(base), about.views)
         if about.mutated and self._sharing.get(about.storage, 0) > 1:
             root = self.roots.add(recorder.base_value(leaf))

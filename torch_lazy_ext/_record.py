@@ -8,13 +8,13 @@ is noted and taken back.
 
 from __future__ import annotations
 
-import gc
-import weakref
+import functools
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from torch_lazy_ext import _C, _lift, _tree
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
@@ -22,47 +22,67 @@ from torch_lazy_ext._errors import FallbackError, UnsupportedError
 _C.set_unsupported_error(UnsupportedError)
 
 
-class CaptureMode(TorchFunctionMode):
-    """Answers the calls on tensors that reach no operator.
+_running = threading.local()  # .capture: the Capture of this thread, or None
+
+
+class Capture:
+    """Answers the calls on tensors that reach no operator, while a program is recorded.
+
+    For the time of a capture, the few methods of `torch.Tensor` that read or replace a tensor's
+    memory go through here. Not a `TorchFunctionMode`: under one, `has_torch_function` is true,
+    and PyTorch's own modules leave the kernels that eager would run.
 
     Attributes:
         assigned: id of a tensor -> the tensor and what the program assigned to its `.data`.
     """
 
+    _lock = threading.Lock()
+    _count = 0
+
     def __init__(self, recorder: _C.Recorder) -> None:
-        super().__init__()
         self.recorder = recorder
         self.assigned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._made: list[weakref.ref[torch.Tensor]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is None or not args or not isinstance(args[0], torch.Tensor):
-            result = func(*args, **kwargs)
-        elif _C.is_capture_tensor(args[0]) or self.recorder.is_liftable(args[0]):
-            result = handler(self, func, *args, **kwargs)
-        else:
-            result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            self._made.append(weakref.ref(result))
-        elif isinstance(result, (tuple, list)):
-            self._made.extend(weakref.ref(t) for t in result if isinstance(t, torch.Tensor))
-        return result
+    def __enter__(self) -> Capture:
+        with Capture._lock:
+            Capture._count += 1
+            if Capture._count == 1:
+                _install()
+        _running.capture = self
+        self.recorder.enter()
+        return self
 
-    def kept(self) -> list[torch.Tensor]:
-        """Tensors of the capture that are still alive; drops its own references to them."""
-        alive = [t for t in (ref() for ref in self._made) if t is not None]
-        self._made.clear()
-        return list({id(t): t for t in alive}.values())
+    def __exit__(self, *exc: object) -> None:
+        self.recorder.exit()
+        _running.capture = None
+        with Capture._lock:
+            Capture._count -= 1
+            if Capture._count == 0:
+                _remove()
+
+    def owns(self, tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and (
+            _C.is_capture_tensor(tensor) or self.recorder.is_liftable(tensor)
+        )
 
     # ------------------------------------------------------- what handlers answer
 
     def read(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         real = self.recorder.materialize(self.recorder.twin_of(tensor))
-        return _C.standalone(_read, func, real, tensor.requires_grad, args, kwargs)
+        _running.capture = None
+        try:
+            return _C.standalone(_read, func, real, tensor.requires_grad, args, kwargs)
+        finally:
+            _running.capture = self
+
+    def numbers(self, data: Any) -> Any:
+        """Python data with a number in the place of each tensor, for C++ code that reads them."""
+        if not isinstance(data, (list, tuple)):
+            return data
+        return [
+            self.read(torch._C.TensorBase.tolist, v) if isinstance(v, torch.Tensor) else self.numbers(v)
+            for v in data
+        ]
 
     def get_data(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         # The getter itself: memory shared, a version counter of its own.
@@ -102,7 +122,7 @@ class CaptureMode(TorchFunctionMode):
         )
 
     def requires_grad_(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        wanted = args[0] if args else kwargs.get("requires_grad", True)
+        wanted = bool(args[0] if args else kwargs.get("requires_grad", True))
         if _C.is_capture_tensor(tensor) and self.recorder.describe(tensor).lifted < 0:
             return func(tensor, *args, **kwargs)
         if tensor.requires_grad != wanted:
@@ -110,7 +130,7 @@ class CaptureMode(TorchFunctionMode):
                 f"the program sets requires_grad={wanted} on a tensor that existed before the "
                 "capture: set it before the capture"
             )
-        return tensor if func == torch.Tensor.requires_grad_ else None
+        return tensor
 
     def deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
         if id(tensor) not in memo:
@@ -132,34 +152,90 @@ def _read(func: Any, value: torch.Tensor, requires_grad: bool, args: Any, kwargs
     # A copy: what the program does to it must not change the value that is guarded.
     value = value.detach().clone().requires_grad_(requires_grad)
     result = func(value, *args, **kwargs)
-    if func in (torch.Tensor.numpy, torch.Tensor.__array__):
+    if type(result).__module__ == "numpy" and hasattr(result, "flags"):
         # Eager would share the memory; a write that cannot reach the tensor has to fail.
         result.flags.writeable = False
     return result
 
 
-# Property getters are new objects each time they are looked at, and equal.
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.tolist: CaptureMode.read,
-    torch.Tensor.numpy: CaptureMode.read,
-    torch.Tensor.__array__: CaptureMode.read,
-    torch.Tensor.__repr__: CaptureMode.read,
-    torch.Tensor.__format__: CaptureMode.read,
-    torch.Tensor.data.__get__: CaptureMode.get_data,
-    torch.Tensor.data.__set__: CaptureMode.set_data,
-    torch.Tensor.grad.__get__: CaptureMode.get_grad,
-    torch.Tensor.grad.__set__: CaptureMode.set_grad,
-    torch.Tensor.grad.__delete__: CaptureMode.set_grad,
-    torch.Tensor.requires_grad_: CaptureMode.requires_grad_,
-    torch.Tensor.requires_grad.__set__: CaptureMode.requires_grad_,
-    torch.Tensor.__deepcopy__: CaptureMode.deepcopy,
-    torch.Tensor.data_ptr: CaptureMode.refuse,
-    torch.Tensor.untyped_storage: CaptureMode.refuse,
-    torch.Tensor.storage: CaptureMode.refuse,
-    torch.Tensor.share_memory_: CaptureMode.refuse,
-    torch.Tensor.__dlpack__: CaptureMode.refuse,
-    torch.Tensor.__reduce_ex__: CaptureMode.refuse,
+_METHODS: dict[str, Callable[..., Any]] = {
+    "tolist": Capture.read,
+    "numpy": Capture.read,
+    "__array__": Capture.read,
+    "__repr__": Capture.read,
+    "__format__": Capture.read,
+    "requires_grad_": Capture.requires_grad_,
+    "__deepcopy__": Capture.deepcopy,
+    "data_ptr": Capture.refuse,
+    "untyped_storage": Capture.refuse,
+    "storage": Capture.refuse,
+    "share_memory_": Capture.refuse,
+    "__dlpack__": Capture.refuse,
+    "__reduce_ex__": Capture.refuse,
 }
+_PROPERTIES: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any]]] = {
+    "data": (Capture.get_data, Capture.set_data),
+    "grad": (Capture.get_grad, Capture.set_grad),
+    "requires_grad": (None, Capture.requires_grad_),
+}
+# Their C++ code reads the tensors in nested lists.
+_FROM_DATA = [(torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"),
+              (torch.Tensor, "new_tensor")]
+_MISSING = object()
+_replaced: list[tuple[Any, str, Any]] = []
+
+
+def _method(original: Any, handler: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        capture = getattr(_running, "capture", None)
+        if capture is None or not capture.owns(tensor):
+            return original(tensor, *args, **kwargs)
+        return handler(capture, original, tensor, *args, **kwargs)
+
+    return method
+
+
+def _property(original: Any, getter: Any, setter: Any) -> property:
+    return property(
+        original.__get__ if getter is None else _method(original.__get__, getter),
+        _method(original.__set__, setter),
+        _method(original.__delete__, setter),
+    )
+
+
+def _from_data(original: Any) -> Any:
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        capture = getattr(_running, "capture", None)
+        if capture is not None:
+            args = tuple(capture.numbers(a) for a in args)
+            kwargs = {k: capture.numbers(v) for k, v in kwargs.items()}
+        return original(*args, **kwargs)
+
+    return function
+
+
+def _install() -> None:
+    def replace(owner: Any, name: str, new: Any) -> None:
+        _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, new)
+
+    for name, handler in _METHODS.items():
+        replace(torch.Tensor, name, _method(getattr(torch.Tensor, name), handler))
+    for name, (getter, setter) in _PROPERTIES.items():
+        replace(torch.Tensor, name, _property(getattr(torch.Tensor, name), getter, setter))
+    for owner, name in _FROM_DATA:
+        replace(owner, name, _from_data(getattr(owner, name)))
+
+
+def _remove() -> None:
+    while _replaced:
+        owner, name, before = _replaced.pop()
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 class Recording:
@@ -189,6 +265,7 @@ def record(
     kwargs: dict[str, Any],
     state: _lift.State,
     shared: list[torch.Tensor],
+    verify_layouts: bool = False,
 ) -> Recording:
     """Run `fn` on twins of the tensors in `args` and `kwargs`.
 
@@ -197,6 +274,8 @@ def record(
         args, kwargs: its arguments; neither they nor what they hold is changed.
         state: what the program can reach beside its arguments.
         shared: tensors to lift as views of their storage, because the program writes to it.
+        verify_layouts: run each operator while it is recorded, and believe its strides instead of
+            its meta kernel's.
 
     Raises:
         FallbackError: an operator that the fallback config names was met.
@@ -204,6 +283,7 @@ def record(
         Exception: whatever the program itself raises.
     """
     recorder = _C.Recorder()
+    recorder.verify_layouts = verify_layouts
     for tensor in shared:
         recorder.share_storage(tensor)
 
@@ -225,15 +305,11 @@ def record(
     recording = Recording(recorder)
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     before = [_tree.parts(c) for c in recording.containers]
-    mode = CaptureMode(recorder)
+    capture = Capture(recorder)
     try:
-        recorder.enter()
-        try:
-            with mode:
-                recording.result = fn(*own_args, **own_kwargs)
+        with capture:
+            recording.result = fn(*own_args, **own_kwargs)
             recorder.check_generator()
-        finally:
-            recorder.exit()
     finally:
         recording.changes = state.take_back()
     for i, (container, old) in enumerate(zip(recording.containers, before)):
@@ -241,8 +317,8 @@ def record(
         assert now is not None and old is not None
         if now[0] != old[0] or any(a is not b for a, b in zip(now[1], old[1])):
             recording.refilled[i] = container
-    recording.assigned = list(mode.assigned.values())
-    _release_kept(recording, mode)
+    recording.assigned = list(capture.assigned.values())
+    _release_kept(recording)
     if recorder.fallbacks:
         listing = ", ".join(
             f"{name}={count} (at {where})" if where else f"{name}={count}"
@@ -255,7 +331,7 @@ def record(
     return recording
 
 
-def _release_kept(recording: Recording, mode: CaptureMode) -> None:
+def _release_kept(recording: Recording) -> None:
     """Give data to the tensors that the program keeps where a replay cannot follow.
 
     A constant (`functools.lru_cache` over `torch.arange`) becomes what eager would have kept. A
@@ -267,23 +343,12 @@ def _release_kept(recording: Recording, mode: CaptureMode) -> None:
     roots += [c.value for c in recording.changes] + [t for pair in recording.assigned for t in pair]
     _reach(roots, expected)
     expected |= {id(t) for _user, t, _constant, _base in recorder.lifted()}
-
-    def suspects() -> list[torch.Tensor]:
-        alive = mode.kept()
-        found = [t for t in alive if id(t) not in expected and _C.is_capture_tensor(t)]
-        return found
-
-    kept = suspects()
-    if not kept:
-        return
-    mode._made = [weakref.ref(t) for t in kept]
-    del kept
-    gc.collect()
-    kept = suspects()
+    expected |= {id(t) for t, _twin, _constant, _base in recorder.lifted()}
     stale = []
-    for tensor in kept:
-        if tensor.grad_fn is not None:
-            # Part of the autograd graph of a result, or kept for a backward.
+    alive = recorder.alive()
+    while alive:
+        tensor = alive.pop()
+        if id(tensor) in expected or not _C.is_capture_tensor(tensor) or not _held(tensor):
             continue
         about = recorder.describe(tensor)
         if not about.captured:
@@ -300,6 +365,14 @@ def _release_kept(recording: Recording, mode: CaptureMode) -> None:
             "results, attributes and closures, which a replay cannot bring up to date: return it, "
             "or keep it in an attribute of the module"
         )
+
+
+def _held(tensor: torch.Tensor) -> bool:
+    """Whether Python code holds a tensor, and not only PyTorch (a view holds its base)."""
+    references = sys.getrefcount(tensor) - 3  # getrefcount's, ours and the caller's
+    if tensor._use_count() > 1:
+        references -= 1  # the Python object lives as long as the C++ one
+    return references > 0
 
 
 def _reach(values: list[Any], tensors: set[int]) -> None:

@@ -97,7 +97,7 @@ class Guard:
     def holds(self, value: torch.Tensor) -> bool:
         if not self.is_value:
             return list(value.shape) == self.expected
-        return _equal_values(value, self.expected)
+        return _C.same_bits(value, self.expected)
 
     def __repr__(self) -> str:
         if self.is_value:
@@ -117,14 +117,19 @@ class Specialization:
     """
 
     def __init__(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], flat: _tree.Flat
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        flat: _tree.Flat,
+        verify_layouts: bool = False,
     ) -> None:
         self.hits = 0
         self.misses = 0
         self._surroundings = _surroundings()
         opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
         state = _lift.State(fn, *opaque)
-        recording, lowered = _capture(fn, args, kwargs, state)
+        recording, lowered = _capture(fn, args, kwargs, state, verify_layouts)
         _clean.clean(lowered.graph)
         self.graph = lowered.graph
         self._lowered = lowered
@@ -157,9 +162,12 @@ class Specialization:
         self._getters: list[Any] = []
         self._state_guards: list[tuple[_lift.Slot, _TensorGuard]] = []
         self._same_objects: list[tuple[_lift.Slot, int]] = []
+        self._tied: list[tuple[_lift.Slot, _lift.Slot]] = []  # hold one tensor
         members: dict[int, list[int]] = {}
         for i, (tensor, constant, base) in enumerate(lowered.lifted):
-            slot = None if constant else state.slot_of(tensor)
+            slots = [] if constant else state.slots_of(tensor)
+            slot = slots[0] if slots else None
+            self._tied.extend((slots[0], other) for other in slots[1:])
             if base >= 0 and base != i:
                 members.setdefault(base, []).append(i)
             if id(tensor) in position and not constant:
@@ -218,6 +226,8 @@ class Specialization:
                 return False
         if any(slot.read() is not leaves[i] for slot, i in self._same_objects):
             return False
+        if any(a.read() is not b.read() for a, b in self._tied):
+            return False
         return all(guard.check(slot.read()) for slot, guard in self._state_guards)
 
     def may_follow(self, observed: list[torch.Tensor]) -> bool:
@@ -243,7 +253,7 @@ class Specialization:
                 observed.append(values[guard.root])
                 if not guard.holds(values[guard.root]):
                     raise _Mismatch(observed)
-        except BaseException as e:
+        except (_Learned, Exception, KeyboardInterrupt) as e:
             for generator, state in zip(lowered.generators, states):
                 generator.set_state(state)
             if isinstance(e, _Learned):
@@ -305,7 +315,7 @@ class Specialization:
         for position, built in lowered.refills:
             _tree.fill(flat.containers[position], built.shape, [take(c) for c in built.children])
         for owner, key, source in lowered.effects:
-            if key is None:
+            if key is _lift.CONTENT:
                 _tree.fill(owner, source.shape, [take(c) for c in source.children])
             else:
                 value = source if source is _lift.MISSING else take(source)
@@ -379,7 +389,8 @@ class _Results:
             value = self.values[source.root]
             return value.data if source.alias else value
         if isinstance(source, _lower.FromLifted):
-            return self.tensors[source.index]
+            tensor = self.tensors[source.index]
+            return tensor.data if source.alias else tensor
         if isinstance(source, _lower.FromView):
             return source.views.apply(self(source.base))
         if isinstance(source, _lower.FromArgument):
@@ -394,11 +405,15 @@ class _Results:
 
 
 def _capture(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: _lift.State
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    state: _lift.State,
+    verify_layouts: bool,
 ) -> tuple[_record.Recording, _lower.Lowered]:
     shared: list[torch.Tensor] = []
     while True:
-        recording = _record.record(fn, args, kwargs, state, shared)
+        recording = _record.record(fn, args, kwargs, state, shared, verify_layouts)
         try:
             return recording, _lower.lower(recording, state)
         except _lower.SharedStorage as request:
@@ -414,14 +429,6 @@ def _capture(
 def _kept_value(leaf: Any) -> Any:
     # An array can be written to between the calls.
     return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
-
-
-def _equal_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if torch.equal(a, b):
-        return True
-    return bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 class CompiledGraph:
@@ -455,9 +462,11 @@ class CompiledGraph:
         if not isinstance(fn, nn.Module):
             functools.update_wrapper(self, fn, updated=())
 
-    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
+    def _capture(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False
+    ) -> Specialization:
         flat = _tree.flatten((args, kwargs))
-        specialization = Specialization(self._fn, args, kwargs, flat)
+        specialization = Specialization(self._fn, args, kwargs, flat, verify_layouts)
         with self._lock:
             self._specializations.insert(0, specialization)
             del self._specializations[self._limit :]
@@ -481,9 +490,8 @@ class CompiledGraph:
                     observed = mismatch.observed
                 continue
             except _Learned:
-                with self._lock:
-                    self._specializations.remove(specialization)
-                break
+                self._discard(specialization)
+                return self._capture_and_run(args, kwargs, flat, verify_layouts=True)
             self._touch(specialization)
             return result
         if failed and observed:
@@ -497,14 +505,26 @@ class CompiledGraph:
         return self._capture_and_run(args, kwargs, flat)
 
     def _capture_and_run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], flat: _tree.Flat
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        flat: _tree.Flat,
+        verify_layouts: bool = False,
     ) -> Any:
         while True:
-            specialization = self._capture(args, kwargs)
+            try:
+                specialization = self._capture(args, kwargs, verify_layouts)
+            except ExtractionError:
+                raise
+            except Exception:
+                # The program's own error, and nothing has happened yet: eager does what the
+                # program does before it raises, and raises.
+                return self._fn(*args, **kwargs)
             try:
                 return specialization.run(flat)
             except _Learned:
                 self._discard(specialization)
+                verify_layouts = True
             except _Mismatch:
                 # The operators raise on this data: so does the program, in its own words.
                 self._discard(specialization)

@@ -82,9 +82,9 @@ class _Printer:
         return [f"{line}  # {where}" if where else line]
 
     def arguments(self, node: torch._C.Node) -> str:
-        if node.schema() == "(no schema)":
+        schema = _schema(node)
+        if schema is None:
             return ", ".join(self.use(v) for v in node.inputs())
-        schema = torch._C.parse_schema(node.schema())
         parts = []
         for i, (arg, value) in enumerate(zip(schema.arguments, node.inputs())):
             text = self.use(value)
@@ -101,9 +101,21 @@ class _Printer:
 
 
 def _operator_name(node: torch._C.Node) -> str:
-    if node.schema() == "(no schema)":
-        return str(node.kind())
-    return str(node.schema().partition("(")[0])
+    schema = _schema(node)
+    if schema is None:
+        return node.kind()
+    return f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+
+
+def _schema(node: torch._C.Node) -> torch._C.FunctionSchema | None:
+    if node.kind().startswith(_BOXED):
+        namespace, name, *overload = node.kind()[len(_BOXED) :].split(".")
+        return torch._C._get_schema(f"{namespace}::{name}", overload[0] if overload else "")
+    return None if node.schema() == "(no schema)" else torch._C.parse_schema(node.schema())
+
+
+# Operators that the extension calls itself: "torch_lazy_ext::aten.view.dtype".
+_BOXED = "torch_lazy_ext::"
 
 
 def _type_text(type_: Any) -> str:

@@ -18,6 +18,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
+import os
+import unittest
 from collections.abc import Callable, Mapping
 
 import torch
@@ -60,6 +63,23 @@ class ModelCase:
 MODELS: dict[str, ModelCase] = {}
 
 
+def set_up_module() -> None:
+    """What a test file over these models does first, as its `setUpModule`.
+
+    Skips the file where the library is missing; nothing is downloaded, and one thread is used.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise unittest.SkipTest("transformers is not installed: pip install transformers==5.23.0")
+    # Read on import: a model that asked for a file would fail, not download it.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    unittest.addModuleCleanup(torch.set_num_threads, threads)
+
+
 def names(core: bool | None = None) -> list[str]:
     """The names of all models, or of those in (True) or outside (False) the core set."""
     return [n for n, case in MODELS.items() if core is None or case.core == core]
@@ -79,10 +99,14 @@ def tensors(value: object) -> list[torch.Tensor]:
         elif isinstance(v, (list, tuple)):
             for item in v:
                 walk(item)
-        elif type(v).__module__.startswith("transformers.") and not isinstance(v, nn.Module):
-            if id(v) not in seen and hasattr(v, "__dict__"):
-                seen.add(id(v))
-                walk(vars(v))
+        elif (
+            type(v).__module__.startswith("transformers.")
+            and not isinstance(v, nn.Module)
+            and id(v) not in seen
+            and hasattr(v, "__dict__")
+        ):
+            seen.add(id(v))
+            walk(vars(v))
 
     walk(value)
     return found

@@ -140,19 +140,41 @@ at::Tensor value_of_this_run(Recorder& recorder, const at::Tensor& t) {
   return value;
 }
 
-// What composite code does with these operators on plain CPU tensors needs their data;
-// this is the same computation through operators that can be recorded.
-bool replace_composite(const c10::OperatorHandle& op, Stack* stack) {
+// Operators that cannot be recorded as they are: the same computation through others.
+// Returns whether it has put the results on the stack.
+bool replace(const c10::OperatorHandle& op, Stack* stack) {
   const std::string& name = op.schema().name();
-  if (name == "aten::max_pool1d") {
-    const size_t begin = stack->size() - 6;
-    auto list = [&](size_t i) { return (*stack)[begin + i].toIntVector(); };
-    const at::Tensor self = (*stack)[begin].toTensor();
-    at::Tensor result = std::get<0>(at::max_pool1d_with_indices(
-        self, list(1), list(2), list(3), list(4), (*stack)[begin + 5].toBool()));
-    torch::jit::drop(*stack, 6);
-    stack->emplace_back(std::move(result));
+  const size_t begin = stack->size() - op.schema().arguments().size();
+  auto at = [&](size_t i) -> const IValue& { return (*stack)[begin + i]; };
+  auto answer = [&](auto... results) {
+    stack->resize(begin);
+    (stack->emplace_back(std::move(results)), ...);
     return true;
+  };
+  if (name == "aten::max_pool1d") {
+    // Without gradients its composite code reads the data of a CPU tensor.
+    auto list = [&](size_t i) { return at(i).toIntVector(); };
+    return answer(std::get<0>(at::max_pool1d_with_indices(
+        at(0).toTensor(), list(1), list(2), list(3), list(4), at(5).toBool())));
+  }
+  if (name == "aten::batch_norm" || name == "aten::native_batch_norm") {
+    // It updates the running statistics, and its schema does not say so. The kernel
+    // behind the other name is the same one.
+    const bool updates = at(5).toBool() && at(3).isTensor() && at(3).toTensor().defined();
+    if (!updates || !at(0).toTensor().device().is_cpu()) {
+      return false;
+    }
+    auto optional = [&](size_t i) { return at(i).toOptional<at::Tensor>(); };
+    auto [out, mean, rstd] = at::_native_batch_norm_legit(
+        at(0).toTensor(),
+        optional(1),
+        optional(2),
+        const_cast<at::Tensor&>(at(3).toTensor()),
+        const_cast<at::Tensor&>(at(4).toTensor()),
+        true,
+        at(6).toDouble(),
+        at(7).toDouble());
+    return name == "aten::batch_norm" ? answer(out) : answer(out, mean, rstd);
   }
   return false;
 }
@@ -165,13 +187,18 @@ bool has_no_functional_variant(const c10::OperatorHandle& op) {
       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
 }
 
+// Set between the two visits of an operator to `lift_kernel`.
+thread_local bool lifted_arguments = false;
+
 void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
   Recorder* recorder = Recorder::current();
   const size_t nargs = op.schema().arguments().size();
   const size_t begin = stack->size() - nargs;
-  c10::impl::ExcludeDispatchKeyGuard guard(DispatchKey::DeferredInit);
-  if (recorder == nullptr) {
-    op.callBoxed(stack);
+  constexpr DispatchKeySet after_lift(DispatchKeySet::FULL_AFTER, DispatchKey::DeferredInit);
+  // Below functionalization, tensors are C++ code's own.
+  if (std::exchange(lifted_arguments, false) || recorder == nullptr ||
+      c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::Functionalize)) {
+    op.redispatchBoxed(ks & after_lift, stack);
     return;
   }
   const std::string& name = op.schema().name();
@@ -211,15 +238,22 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
       });
     }
   }
-  if (replace_composite(op, stack)) {
+  if (replace(op, stack)) {
     return;
   }
+  // Through the dispatcher once more, which computes the keys of the twins.
+  lifted_arguments = true;
   if (has_no_functional_variant(op)) {
     c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
     op.callBoxed(stack);
   } else {
     op.callBoxed(stack);
   }
+  for_each_tensor(*stack, stack->size() - begin, [&](const at::Tensor& t) {
+    if (t.defined()) {
+      recorder->made.emplace_back(t.getIntrusivePtr());
+    }
+  });
   if (!passed.empty() && op.schema().is_mutable()) {
     // `w.mul_(2)` returns `w`: the tensor that was passed, not its twin.
     map_tensors(stack, begin, stack->size(), [&](const at::Tensor& t) {

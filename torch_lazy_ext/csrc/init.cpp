@@ -8,6 +8,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/extension.h>
 
+#include <cstring>
+
 namespace py = pybind11;
 using namespace tle;
 
@@ -143,6 +145,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             r.shared_storages.insert(t.storage().unsafeGetStorageImpl());
           },
           "Lift every tensor over the storage of this one as a view of the storage.")
+      .def("alive", &Recorder::alive)
+      .def_readwrite("verify_layouts", &Recorder::verify_layouts)
       .def("check_generator", &Recorder::check_generator)
       .def(
           "run_checked",
@@ -248,6 +252,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "Call `fn` as if there were no capture, no autograd and no mode of any kind.");
   m.def("whole_storage", &whole_storage);
+  m.def(
+      "same_bits",
+      [](const at::Tensor& a, const at::Tensor& b) {
+        if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) {
+          return false;
+        }
+        StandaloneGuard alone;
+        const at::Tensor x = a.resolve_conj().resolve_neg().contiguous();
+        const at::Tensor y = b.resolve_conj().resolve_neg().contiguous();
+        return x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+      },
+      "Equal shapes, dtypes and values; 0.0 and -0.0 differ, a nan equals itself.");
   m.def("set_unsupported_error", [](const py::object& type) { set_unsupported_type(type.ptr()); });
   py::register_exception_translator([](std::exception_ptr p) {
     try {

@@ -4,6 +4,9 @@
 #include <torch/csrc/jit/runtime/operator.h>
 #include <torch/csrc/lazy/ts_backend/ts_lowering_context.h>
 
+#include <mutex>
+#include <unordered_set>
+
 namespace tle {
 
 using torch::jit::Graph;
@@ -43,6 +46,37 @@ ValueRef owner_of(Recorder& recorder, ValueRef v, const std::function<void(int64
       return v;
     }
   }
+}
+
+// Runs the operator that a node of kind "torch_lazy_ext::aten.view.dtype" stands for.
+torch::jit::Operation boxed_operation(const torch::jit::Node* node) {
+  std::string name = node->kind().toUnqualString();
+  name.replace(name.find('.'), 1, "::");
+  const size_t dot = name.find('.');
+  const std::string overload = dot == std::string::npos ? "" : name.substr(dot + 1);
+  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
+      name.substr(0, dot).c_str(), overload.c_str());
+  return [op](torch::jit::Stack& stack) { op.callBoxed(&stack); };
+}
+
+// The kind of a node that calls `op` whatever TorchScript thinks of its arguments' types.
+c10::Symbol boxed_operator(const c10::OperatorHandle& op) {
+  static std::mutex mutex;
+  static auto* known = new std::unordered_set<std::string>();
+  const c10::FunctionSchema& schema = op.schema();
+  std::string name = schema.name();
+  name.replace(name.find("::"), 2, ".");
+  name = "torch_lazy_ext::" + name;
+  if (!schema.overload_name().empty()) {
+    name += "." + schema.overload_name();
+  }
+  const c10::Symbol kind = c10::Symbol::fromQualString(name);
+  std::lock_guard<std::mutex> lock(mutex);
+  if (known->insert(name).second) {
+    torch::jit::registerOperator(torch::jit::Operator(
+        kind, &boxed_operation, c10::AliasAnalysisKind::CONSERVATIVE));
+  }
+  return kind;
 }
 
 class Lowering {
@@ -156,15 +190,16 @@ class Lowering {
     for (auto [value, i] : constants_) {
       value->setType(schema.arguments()[i].type());
     }
-    if (!resolved()) {
-      throw Unsupported(c10::str(
-          "TorchScript cannot call ",
-          schema.operator_name(),
-          " with these arguments (at ",
-          node_.source_range.source() ? node_.source_range.text().str() : std::string("?"),
-          "): keep the call outside of the captured program"));
+    if (resolved()) {
+      return n;
     }
-    return n;
+    torch::jit::Node* boxed =
+        graph_->create(boxed_operator(call_.op), inputs, schema.returns().size());
+    boxed->insertBefore(n);
+    n->destroy();
+    boxed->setSourceRange(node_.source_range);
+    boxed->getOperator(); // raises when TorchScript does not find it
+    return boxed;
   }
 
   const OperatorCall& call_;

@@ -295,14 +295,6 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
         !other.storage().is_alias_of(tensor.storage())) {
       continue;
     }
-    if (other.scalar_type() != tensor.scalar_type()) {
-      throw Unsupported(c10::str(
-          "the program writes to memory that it reads as ",
-          other.scalar_type(),
-          " and as ",
-          tensor.scalar_type(),
-          ": pass one tensor and use Tensor.view(dtype) inside the program"));
-    }
     base = static_cast<int64_t>(i);
   }
   if (base < 0) {
@@ -315,8 +307,11 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
   {
     Resume recording(*this);
     c10::AutoGradMode no_grad(false);
-    twin = inputs[base].twin.as_strided(
-        tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    at::Tensor whole = inputs[base].twin;
+    if (whole.scalar_type() != tensor.scalar_type()) {
+      whole = whole.view(tensor.scalar_type());
+    }
+    twin = whole.as_strided(tensor.sizes(), tensor.strides(), tensor.storage_offset());
     if (tensor.requires_grad()) {
       twin.requires_grad_(true);
     }
@@ -446,6 +441,17 @@ void Recorder::add_value_guard(ValueRef value, const at::Tensor& expected) {
   const SourceLocation source = current_source();
   StandaloneGuard alone;
   guards.push_back({Guard::Kind::Value, value, expected.clone(), {}, source});
+}
+
+std::vector<at::Tensor> Recorder::alive() {
+  std::vector<at::Tensor> out;
+  for (auto& weak : made) {
+    if (auto impl = weak.lock()) {
+      out.emplace_back(std::move(impl));
+    }
+  }
+  made.clear();
+  return out;
 }
 
 std::vector<at::Generator> Recorder::generators() const {
@@ -744,6 +750,14 @@ Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
 
 // ----------------------------------------------------------------- verification
 
+void Recorder::learn(const OperatorCall& call, c10::Device device, const Outputs& real) {
+  const ShapeKey key = shape_key(
+      call, device, [&](const ValueRef& v) -> const TensorMeta& { return meta_of(v); });
+  Outputs learned = real;
+  learned.values.clear();
+  shape_cache().insert(key, learned);
+}
+
 namespace {
 
 enum class Agreement { Full, Layout, None };
@@ -799,11 +813,13 @@ Checked Recorder::run_checked(
       dead_after[last_use[i]].push_back(i);
     }
   }
-  StandaloneGuard alone;
+  // As a replay runs, so that views of the inputs share their version counters.
+  c10::AutoGradMode no_grad(false);
   for (size_t k = 0; k < parameters.size(); ++k) {
-    node(inputs[parameters[k]].node).values = {tensors[k].detach()};
+    node(inputs[parameters[k]].node).values = {tensors[k]};
   }
   Checked result;
+  result.complete = true;
   for (int64_t i = 0; i < count; ++i) {
     GenericNode& n = node(i);
     if (last_use[i] < 0) {
@@ -816,22 +832,17 @@ Checked Recorder::run_checked(
           outputs_of(*n.call, std::move(results), device_of(*n.call), describe(n.call->source));
       const auto agrees = compare(real.metas, n.metas);
       if (agrees == Agreement::Layout) {
-        const ShapeKey key = shape_key(*n.call, device_of(*n.call), [&](const ValueRef& v) -> const TensorMeta& {
-          return meta_of(v);
-        });
-        Outputs learned = real;
-        learned.values.clear();
-        shape_cache().insert(key, learned);
+        learn(*n.call, device_of(*n.call), real);
         result.learned = true;
       }
       if (agrees != Agreement::Full) {
+        result.complete = false;
         break;
       }
     }
     for (int64_t d : dead_after[i]) {
       node(d).values.clear();
     }
-    result.complete = i + 1 == count;
   }
   for (const ValueRef& r : roots) {
     if (result.complete) {
@@ -862,6 +873,14 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   std::optional<Outputs> inferred = infer(call, device);
   const bool observed = !inferred.has_value();
   Outputs out = observed ? observe(call, device) : std::move(*inferred);
+  if (verify_layouts && !observed && out.plain.empty()) {
+    Outputs real = observe(call, device);
+    if (compare(real.metas, out.metas) == Agreement::Layout) {
+      learn(call, device, real);
+      out = std::move(real);
+    }
+    out.values = std::move(real.values);
+  }
   if ((out.metas.empty() && !out.plain.empty()) || is_check(call)) {
     // A number or a flag about tensors. What depends on data is guarded.
     if (observed) {
@@ -880,9 +899,7 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   auto n = std::make_shared<GenericNode>(
       std::move(call), std::move(out.metas), std::move(out.list_lengths));
   n->id = static_cast<int64_t>(nodes.size());
-  if (observed) {
-    n->values = std::move(out.values);
-  }
+  n->values = std::move(out.values);
   nodes.push_back(n);
   if (guarded) {
     for (size_t i = 0; i < n->metas.size(); ++i) {

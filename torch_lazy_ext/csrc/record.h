@@ -5,6 +5,7 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Generator.h>
+#include <c10/core/UndefinedTensorImpl.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 
@@ -82,6 +83,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   };
 
   at::Tensor lift(const at::Tensor& tensor, bool constant);
+  // Tensors the program was given by operators and still holds.
+  std::vector<at::Tensor> alive();
   void check_generator(); // raises when the program has set its state
   at::Tensor twin_of(const at::Tensor& tensor); // lifts when necessary
   bool is_liftable(const at::Tensor& tensor) const;
@@ -118,6 +121,9 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::unordered_map<c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> rebound;
   // Storages of which the program reads several tensors and writes to one.
   std::unordered_set<c10::StorageImpl*> shared_storages;
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> made;
+  // Run every operator while it is recorded, and learn what its meta kernel has wrong.
+  bool verify_layouts = false;
   std::vector<Guard> guards;
   // (operator, count, where) for operators the fallback config names
   std::vector<std::tuple<std::string, int64_t, std::string>> fallbacks;
@@ -128,6 +134,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   c10::Device device_of(const OperatorCall& call);
   std::optional<Outputs> infer(const OperatorCall& call, c10::Device device);
   Outputs observe(const OperatorCall& call, c10::Device device);
+  void learn(const OperatorCall& call, c10::Device device, const Outputs& real);
   void note_forced_fallback(const OperatorCall& call);
   at::Tensor make_tensor(ValueRef value, bool wrap_functional);
   torch::jit::Stack run(const OperatorCall& call);

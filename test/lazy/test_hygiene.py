@@ -1,0 +1,724 @@
+# Owner(s): ["oncall: jit"]
+
+"""What extraction and replay leave alone, and that they are safe with threads, forks and time."""
+
+import contextlib
+import copy
+import gc
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+import unittest
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch._lazy.metrics
+from oracle import Call, check, extract_untouched, makefunctiontest, maketest, surroundings, tensors
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_lazy_ext import ExtractionError, extract_compiled_graph, ts_backend
+
+
+class OwnError(Exception):
+    """An exception that no library knows."""
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(f"{detail} ({code})")
+        self.code = code
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x):
+        return self.dropout(self.norm(self.linear(x)))
+
+
+def raising(error: Exception) -> Any:
+    def program(x):
+        y = x + torch.rand(3)
+        x.mul_(2)
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        if y is not None:
+            raise error
+        return y
+
+    return program
+
+
+class UntouchedTest(unittest.TestCase):
+    """extract_untouched compares arguments, program, RNG, modes, defaults and warning filters."""
+
+    def untouched(self, program: Any, *args: Any) -> Exception | None:
+        return extract_untouched(program, Call(*args))[1]
+
+    def test_function(self):
+        self.assertIsNone(self.untouched(lambda x: x.add_(1) * torch.rand(3), torch.randn(3)))
+
+    def test_module(self):
+        self.assertIsNone(self.untouched(Stateful(), torch.randn(4, 3)))
+
+    def test_program_that_raises(self):
+        x = torch.randn(2, 3)
+        before = surroundings()
+        errors = (
+            OwnError(3, "mine"), ValueError("v"), KeyError("k"), AssertionError("a"),
+            ZeroDivisionError("z"), NotImplementedError("n"), StopIteration("s"),
+        )  # fmt: skip
+        for error in errors:
+            with self.subTest(error=type(error)):
+                torch.set_grad_enabled(True)
+                try:
+                    extract_compiled_graph(raising(error), (x,))
+                except Exception as e:
+                    self.assertIs(e, error)
+                else:
+                    self.fail("nothing was raised")
+                finally:
+                    torch.set_grad_enabled(before["grad mode"])
+        self.assertEqual(before, surroundings())
+
+    def test_own_exception_keeps_its_fields(self):
+        with self.assertRaises(OwnError) as caught:
+            extract_compiled_graph(raising(OwnError(7, "field")), (torch.randn(2, 3),))
+        self.assertEqual(caught.exception.code, 7)
+        torch.set_grad_enabled(True)
+
+    def test_traceback_shows_the_users_line(self):
+        try:
+            extract_compiled_graph(lambda x: x @ x, (torch.randn(2, 3),))
+        except RuntimeError as e:
+            lines = []
+            trace = e.__traceback__
+            while trace is not None:
+                lines.append(os.path.basename(trace.tb_frame.f_code.co_filename))
+                trace = trace.tb_next
+            self.assertIn("test_hygiene.py", lines[1:])
+        else:
+            self.fail("nothing was raised")
+
+    def test_base_exceptions_pass(self):
+        def program(x):
+            raise KeyboardInterrupt
+
+        x = torch.randn(3)
+        before = surroundings()
+        for _ in range(2):
+            with self.assertRaises(KeyboardInterrupt):
+                extract_compiled_graph(program, (x,))
+        self.assertEqual(before, surroundings())
+        # A capture that was broken off must not stand in the way of the next one.
+        self.assertEqual(
+            extract_compiled_graph(lambda x: x + 1, (torch.ones(1),))(torch.ones(1)), 2
+        )
+
+    def test_failed_extraction_leaves_the_thread_usable(self):
+        for _ in range(3):
+            with contextlib.suppress(RuntimeError):
+                extract_compiled_graph(lambda x: x @ x, (torch.randn(2, 3),))
+            self.assertEqual((torch.ones(2) + 1).sum().item(), 4)
+            self.assertEqual(torch.zeros(2).device.type, "cpu")
+
+    def test_users_grad_is_kept(self):
+        m = nn.Linear(3, 3)
+        m(torch.randn(2, 3)).sum().backward()
+        grads = {n: (p.grad, p.grad.clone()) for n, p in m.named_parameters()}
+        x = torch.randn(2, 3, requires_grad=True)
+        with torch.no_grad():
+            extract_compiled_graph(m, (x,))(torch.randn(2, 3))
+        for name, p in m.named_parameters():
+            self.assertIs(p.grad, grads[name][0])
+            self.assertTrue(torch.equal(p.grad, grads[name][1]))
+        self.assertIsNone(x.grad)
+
+    def test_hooks_and_attributes_of_tensors_are_kept(self):
+        x = torch.randn(3)
+        x.note = "mine"
+        m = nn.Linear(3, 3)
+        calls = []
+        handle = m.register_forward_hook(lambda *a: calls.append(1))
+        with torch.no_grad():
+            extract_compiled_graph(m, (x,))
+        self.assertEqual(x.note, "mine")
+        self.assertEqual(list(m._forward_hooks), [handle.id])
+
+    def test_warnings_of_the_program_are_shown_once(self):
+        def program(x):
+            warnings.warn("from the program", UserWarning, stacklevel=2)
+            return x + 1
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            graph = extract_compiled_graph(program, (torch.randn(3),))
+            graph(torch.randn(3))
+        self.assertEqual({str(w.message) for w in caught}, {"from the program"})
+
+    def test_nothing_is_printed(self):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            extract_compiled_graph(Stateful(), (torch.randn(4, 3),))(torch.randn(4, 3))
+        self.assertEqual((out.getvalue(), err.getvalue()), ("", ""))
+
+
+FRESH_PROCESS = """
+import sys, warnings
+import torch
+import torch_lazy_ext
+{before}
+filters, stdout = list(warnings.filters), sys.stdout
+threads = torch.get_num_threads()
+graph = torch_lazy_ext.extract_compiled_graph(lambda x, y: (x + 1) @ y, (torch.ones(2, 2),) * 2)
+graph(torch.ones(2, 2), torch.ones(2, 2))
+assert list(warnings.filters) == filters, [f for f in warnings.filters if f not in filters]
+assert torch.get_num_threads() == threads
+{after}
+"""
+
+
+class FreshProcessTest(unittest.TestCase):
+    """The first extraction of a process, which imports and initialises what there is to."""
+
+    def run_fresh(self, before: str = "", after: str = "") -> None:
+        done = subprocess.run(
+            [sys.executable, "-W", "error::DeprecationWarning:torch_lazy_ext", "-c",
+             FRESH_PROCESS.format(before=before, after=after)],
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual((done.stdout, done.stderr), ("", ""))
+
+    def test_warning_filters(self):
+        self.run_fresh()
+
+    def test_users_own_filter_is_kept(self):
+        self.run_fresh("warnings.simplefilter('error')")
+
+    def test_lazy_device_initialised_before(self):
+        self.run_fresh(
+            "import torch._lazy.ts_backend; torch._lazy.ts_backend.init()",
+            "assert (torch.ones(2).to('lazy') + 1).cpu().tolist() == [2, 2]",
+        )
+
+    def test_lazy_device_initialised_afterwards(self):
+        self.run_fresh(
+            after="from torch_lazy_ext import ts_backend; ts_backend.init(); "
+            "assert (torch.ones(2).to('lazy') + 1).cpu().tolist() == [2, 2]"
+        )
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic(enabled: bool) -> Any:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class Doubling(TorchFunctionMode):
+    """A user's mode that changes what a function computes."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.sin else result
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def makes_tensors(x):
+    return torch.zeros(2), torch.arange(3.0), x.int() / 2, torch.tensor(1.5) + x, torch.rand(2)
+
+
+class SurroundingsTest(unittest.TestCase):
+    """Modes and defaults of the caller decide, at the time of each call."""
+
+    test_default_dtype = makefunctiontest(
+        makes_tensors, tensors((3,)), context=lambda i: default_dtype(torch.float64)
+    )
+    test_default_dtype_changes = makefunctiontest(
+        makes_tensors,
+        tensors((3,)),
+        calls=5,
+        captures=2,
+        context=lambda i: default_dtype((torch.float32, torch.float64)[i % 2]),
+    )
+    test_default_device = makefunctiontest(
+        makes_tensors, tensors((3,)), context=lambda i: torch.device("cpu")
+    )
+    test_default_device_meta_sometimes = makefunctiontest(
+        lambda x: (x + 1, torch.zeros(3).device.type),
+        tensors((3,)),
+        calls=4,
+        captures=2,
+        context=lambda i: torch.device("meta") if i % 2 else contextlib.nullcontext(),
+    )
+    test_deterministic_algorithms = makefunctiontest(
+        lambda x, i: x.index_add(0, i, x),
+        lambda: (torch.randn(4, 2), torch.tensor([0, 1, 0, 1])),
+        calls=5,
+        captures=2,
+        context=lambda i: deterministic(bool(i % 2)),
+    )
+    test_deterministic_read = makefunctiontest(
+        lambda x: x + torch.are_deterministic_algorithms_enabled(),
+        tensors((3,)),
+        calls=5,
+        captures=2,
+        context=lambda i: deterministic(bool(i % 2)),
+    )
+    test_own_function_mode = makefunctiontest(
+        lambda x: x.sin() + torch.sin(x), tensors((3,)), captures=None, context=lambda i: Doubling()
+    )
+    test_own_function_mode_sometimes = makefunctiontest(
+        lambda x: torch.sin(x),
+        tensors((3,)),
+        calls=4,
+        captures=None,
+        context=lambda i: Doubling() if i % 2 else contextlib.nullcontext(),
+    )
+    test_own_function_mode_inside = makefunctiontest(
+        lambda x: _under(Doubling(), lambda: torch.sin(x)), tensors((3,))
+    )
+    test_threads = makefunctiontest(
+        lambda x: (x @ x, torch.get_num_threads())[0], tensors((4, 4)), exact=False
+    )
+    test_anomaly_mode = makefunctiontest(
+        lambda x: x * 2, tensors((3,)), context=lambda i: torch.autograd.set_detect_anomaly(True)
+    )
+    test_profiler_around = makefunctiontest(
+        lambda x: x * 2 + 1, tensors((3,)), context=lambda i: torch.profiler.profile()
+    )
+    test_record_function_inside = makefunctiontest(
+        lambda x: _under(torch.profiler.record_function("here"), lambda: x * 2), tensors((3,))
+    )
+
+    def test_own_dispatch_mode(self):
+        """A user's dispatch mode around a call: the values are right, with or without its help."""
+        graph = extract_compiled_graph(lambda x: x.sin() + 1, (torch.randn(3),))
+        x = torch.randn(3)
+        with Counting():
+            self.assertTrue(torch.equal(graph(x), x.sin() + 1))
+
+    def test_program_under_users_dispatch_mode(self):
+        with Counting() as mode:
+            graph = extract_compiled_graph(lambda x: x.sin() + 1, (torch.randn(3),))
+        x = torch.randn(3)
+        self.assertTrue(torch.equal(graph(x), x.sin() + 1))
+        self.assertEqual(torch._C._len_torch_dispatch_stack(), 0)
+        self.assertIsInstance(mode.seen, list)
+
+
+def _under(context: Any, function: Any) -> Any:
+    with context:
+        return function()
+
+
+class LazyDeviceTest(unittest.TestCase):
+    """The user's own lazy tensors, and the metrics and settings of the lazy tensor core."""
+
+    def setUp(self) -> None:
+        ts_backend.init()
+
+    def test_own_lazy_tensors(self):
+        mine = torch.randn(3).to("lazy")
+        expected = (mine.cpu() * 2 + 1).tolist()
+        pending = mine * 2
+        extract_compiled_graph(lambda x: x * 3, (torch.randn(3),))(torch.randn(3))
+        with contextlib.suppress(RuntimeError):
+            extract_compiled_graph(lambda x: x @ x, (torch.randn(2, 3),))
+        self.assertEqual((pending + 1).cpu().tolist(), expected)
+        self.assertEqual(pending.device.type, "lazy")
+
+    def test_metrics(self):
+        mine = torch.randn(3).to("lazy")
+        (mine + 1).cpu()
+
+        def counters():
+            names = torch._lazy.metrics.counter_names()
+            return {n: torch._lazy.metrics.counter_value(n) for n in names}
+
+        before = counters()
+        extract_compiled_graph(Stateful(), (torch.randn(4, 3),))(torch.randn(4, 3))
+        self.assertEqual(counters(), before)
+
+    def test_force_fallback_setting(self):
+        from torch_lazy_ext import config
+
+        before = config.get_force_fallback()
+        extract_compiled_graph(lambda x: x - 1, (torch.randn(3),))
+        self.assertEqual(config.get_force_fallback(), before)
+
+    def test_lazy_argument_is_refused_or_right(self):
+        try:
+            graph = extract_compiled_graph(lambda x: x + 1, (torch.ones(2).to("lazy"),))
+        except ExtractionError:
+            return
+        self.assertEqual(graph(torch.zeros(2).to("lazy")).cpu().tolist(), [1, 1])
+
+
+class ThreadTest(unittest.TestCase):
+    """Many threads replay one graph, and extract at the same time."""
+
+    def in_threads(self, function: Any, count: int = 8) -> None:
+        barrier = threading.Barrier(count)
+
+        def run(k: int) -> None:
+            barrier.wait()
+            function(k)
+
+        with ThreadPoolExecutor(count) as pool:
+            for future in [pool.submit(run, k) for k in range(count)]:
+                future.result()
+
+    def test_replay_in_threads(self):
+        m = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        with torch.no_grad():
+            graph = extract_compiled_graph(m, (torch.randn(2, 16),))
+
+        def replay(k):
+            generator = torch.Generator().manual_seed(k)
+            with torch.no_grad():
+                for _ in range(100):
+                    x = torch.randn(2, 16, generator=generator)
+                    torch.testing.assert_close(graph(x), m(x))
+
+        self.in_threads(replay)
+        self.assertEqual(len(graph.specializations), 1)
+
+    def test_replay_of_many_variants_in_threads(self):
+        graph = extract_compiled_graph(lambda x, k: x * k + x.shape[0], (torch.randn(1), 0))
+
+        def replay(k):
+            for i in range(40):
+                x = torch.ones(i % 4 + 1)
+                self.assertTrue(torch.equal(graph(x, k % 3), x * (k % 3) + (i % 4 + 1)))
+
+        self.in_threads(replay)
+
+    def test_extract_in_threads(self):
+        def extract(k):
+            for i in range(10):
+                graph = extract_compiled_graph(
+                    lambda x, i=i: x * k + i if x.sum() > -1e9 else x, (torch.randn(3),)
+                )
+                x = torch.randn(3)
+                self.assertTrue(torch.equal(graph(x), x * k + i))
+
+        self.in_threads(extract)
+
+    def test_extract_modules_in_threads(self):
+        def extract(k):
+            m = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+            with torch.no_grad():
+                for _ in range(5):
+                    graph = extract_compiled_graph(m, (torch.randn(3, 4),))
+                    x = torch.randn(3, 4)
+                    torch.testing.assert_close(graph(x), m(x))
+
+        self.in_threads(extract)
+
+    def test_extract_one_module_in_threads(self):
+        """The module is never seen in a half-captured state by another thread's eager call."""
+        m = nn.BatchNorm1d(4).eval()
+        stop = threading.Event()
+        wrong: list[Any] = []
+
+        def eager():
+            x = torch.randn(3, 4)
+            with torch.no_grad():
+                expected = m(x)
+                while not stop.is_set():
+                    if not torch.equal(m(x), expected):
+                        wrong.append(x)
+
+        thread = threading.Thread(target=eager)
+        thread.start()
+        try:
+            with torch.no_grad():
+                for _ in range(30):
+                    extract_compiled_graph(m, (torch.randn(3, 4),))
+        finally:
+            stop.set()
+            thread.join()
+        self.assertEqual(wrong, [])
+
+    def test_other_threads_stay_eager_during_a_capture(self):
+        inside, done = threading.Event(), threading.Event()
+
+        def program(x):
+            inside.set()
+            done.wait(10)
+            return x + 1
+
+        thread = threading.Thread(target=lambda: extract_compiled_graph(program, (torch.randn(3),)))
+        thread.start()
+        self.assertTrue(inside.wait(10))
+        y = torch.ones(3) * 2 + torch.zeros(3)
+        z = y.clone().add_(1)
+        done.set()
+        thread.join()
+        self.assertEqual((type(y), y.tolist(), z.tolist()), (torch.Tensor, [2] * 3, [3] * 3))
+
+    def test_program_that_starts_threads(self):
+        """A thread of the program's own is outside of the capture: right, or refused."""
+
+        def program(x):
+            results = []
+            thread = threading.Thread(target=lambda: results.append(x * 2))
+            thread.start()
+            thread.join()
+            return results[0] + 1
+
+        try:
+            graph = extract_compiled_graph(program, (torch.randn(3),))
+        except (ExtractionError, IndexError):
+            return
+        x = torch.randn(3)
+        self.assertTrue(torch.equal(graph(x), x * 2 + 1))
+
+    def test_grad_mode_is_per_thread(self):
+        x = torch.randn(3)
+        graph = extract_compiled_graph(lambda x: (x * 2, torch.is_grad_enabled()), (x,))
+        seen = {}
+
+        def run(k):
+            with torch.set_grad_enabled(bool(k % 2)):
+                for _ in range(20):
+                    seen.setdefault(k, set()).add(graph(x)[1])
+
+        self.in_threads(run, 4)
+        self.assertEqual(seen, {k: {bool(k % 2)} for k in range(4)})
+
+    def test_lock_is_free_during_kernels(self):
+        """Python runs on while a replay computes."""
+        with torch.no_grad():
+            graph = extract_compiled_graph(
+                lambda x: torch.linalg.matrix_exp(x), (torch.randn(400, 400),)
+            )
+        ticks = []
+        stop = threading.Event()
+
+        def tick():
+            while not stop.is_set():
+                ticks.append(time.perf_counter())
+                time.sleep(0.0005)
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        x = torch.randn(400, 400)
+        begin = time.perf_counter()
+        for _ in range(5):
+            graph(x)
+        end = time.perf_counter()
+        stop.set()
+        thread.join()
+        self.assertGreater(len([t for t in ticks if begin < t < end]), 3)
+
+
+def _in_child(graph: Any, x: torch.Tensor, connection: Any) -> None:
+    torch.set_num_threads(1)
+    replayed = graph(x)
+    extracted = extract_compiled_graph(lambda t: t * 3, (x,))(x)
+    other_shape = graph(torch.ones(5))
+    connection.send([t.tolist() for t in (replayed, extracted, other_shape)])
+
+
+class LifetimeTest(unittest.TestCase):
+    """Forks, memory, and what is kept alive."""
+
+    def test_fork_after_extraction(self):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # A fork does not survive the pools of OpenMP.
+        try:
+            graph = extract_compiled_graph(lambda x: x * 2 + 1, (torch.randn(3),))
+            graph(torch.randn(3))
+            context = multiprocessing.get_context("fork")
+            here, there = context.Pipe()
+            child = context.Process(target=_in_child, args=(graph, torch.ones(3), there))
+            child.start()
+            there.close()
+            self.assertTrue(here.poll(60), "the child is stuck")
+            received = here.recv()
+            child.join(60)
+        finally:
+            torch.set_num_threads(threads)
+        self.assertEqual(received, [[3] * 3, [3] * 3, [3] * 5])
+        self.assertEqual(child.exitcode, 0)
+        self.assertEqual(graph(torch.ones(3)).tolist(), [3] * 3)
+
+    def grown(self, call: Any, warm: int = 300, calls: int = 5000) -> float:
+        """MiB that `calls` calls leave behind."""
+
+        def resident() -> float:
+            gc.collect()
+            with open("/proc/self/statm") as f:
+                return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+        for _ in range(warm):
+            call()
+        before = resident()
+        for _ in range(calls):
+            call()
+        return resident() - before
+
+    def test_replays_do_not_grow(self):
+        m = Stateful()
+        with torch.no_grad():
+            graph = extract_compiled_graph(m, (torch.randn(4, 3),))
+            x = torch.randn(4, 3)
+            self.assertLess(self.grown(lambda: graph(x)), 4)
+
+    def test_mutating_replays_do_not_grow(self):
+        def program(x, y):
+            x.add_(y)
+            v = x[0]
+            v.mul_(0.5)
+            return v, x, [y + 1]
+
+        x, y = torch.randn(64, 64), torch.randn(64, 64)
+        graph = extract_compiled_graph(program, (x, y))
+        self.assertLess(self.grown(lambda: graph(x, y)), 4)
+
+    def test_failing_calls_do_not_grow(self):
+        graph = extract_compiled_graph(lambda x: x + torch.ones(3), (torch.randn(3),))
+        bad = torch.randn(4)
+
+        def call():
+            with contextlib.suppress(RuntimeError):
+                graph(bad)
+
+        self.assertLess(self.grown(call, warm=50, calls=300), 8)
+
+    def test_results_are_freed(self):
+        graph = extract_compiled_graph(lambda x: (x + 1, x.view(-1)), (torch.randn(3),))
+        x = torch.randn(3)
+        results = [weakref.ref(t) for t in graph(x)] + [weakref.ref(x)]
+        del x
+        gc.collect()
+        self.assertEqual([r() for r in results], [None] * 3)
+
+    def test_example_arguments_are_freed(self):
+        x = torch.randn(1000)
+        dead = weakref.ref(x)
+        graph = extract_compiled_graph(lambda x: x * 2, (x,))
+        del x
+        gc.collect()
+        self.assertIsNone(dead())
+        self.assertEqual(graph(torch.ones(1000)).sum(), 2000)
+
+    def test_argument_of_the_last_call_is_freed(self):
+        graph = extract_compiled_graph(lambda x: x.mul_(2).sum(), (torch.randn(3),))
+        x = torch.randn(3)
+        dead = weakref.ref(x)
+        graph(x)
+        del x
+        gc.collect()
+        self.assertIsNone(dead())
+
+    def test_graph_is_freed(self):
+        m = Stateful()
+        graph = extract_compiled_graph(m, (torch.randn(4, 3),))
+        dead = weakref.ref(graph)
+        del graph
+        gc.collect()
+        self.assertIsNone(dead())
+
+    def test_module_is_freed_with_its_graph(self):
+        m = Stateful()
+        dead = weakref.ref(m)
+        graph = extract_compiled_graph(m, (torch.randn(4, 3),))
+        del m
+        del graph
+        gc.collect()
+        self.assertIsNone(dead())
+
+    def test_graph_outlives_the_names_of_its_program(self):
+        def make():
+            m, scale = nn.Linear(3, 3), torch.randn(3)
+            program = copy.deepcopy(m)
+            with torch.no_grad():
+                graph = extract_compiled_graph(lambda x: m(x) * scale, (torch.randn(2, 3),))
+            return graph, program, scale
+
+        graph, eager, scale = make()
+        gc.collect()
+        x = torch.randn(2, 3)
+        with torch.no_grad():
+            torch.testing.assert_close(graph(x), eager(x) * scale)
+
+
+class NestingTest(unittest.TestCase):
+    """Graphs among programs and programs among graphs."""
+
+    def test_graph_inside_a_program(self):
+        inner = extract_compiled_graph(lambda x: x * 2, (torch.randn(3),))
+        check(lambda: lambda x: inner(x) + 1, tensors((3,)))
+
+    def test_extraction_inside_a_program(self):
+        def program(x):
+            return extract_compiled_graph(lambda t: t * 2, (x,))(x) + 1
+
+        try:
+            graph = extract_compiled_graph(program, (torch.randn(3),))
+        except ExtractionError as e:
+            self.assertRegex(str(e), "(?i)captur")
+            return
+        x = torch.randn(3)
+        self.assertTrue(torch.equal(graph(x), x * 2 + 1))
+
+    def test_graph_of_a_graph(self):
+        inner = extract_compiled_graph(nn.ReLU(), (torch.randn(3),))
+        check(lambda: lambda x: inner(x), tensors((3,)))
+
+    def test_recursive_program(self):
+        def fact(x, n):
+            return x if n == 0 else fact(x * n, n - 1)
+
+        check(lambda: fact, lambda i: (torch.randn(2), i % 3), calls=5, captures=3)
+
+    def test_long_program(self):
+        def program(x):
+            for i in range(3000):
+                x = x * 0.999 + i * 1e-4
+            return x
+
+        check(lambda: program, tensors((3,)))
+
+    test_sees_the_module_again = maketest(Stateful, tensors((4, 3)), calls=6, exact=False)
+
+
+if __name__ == "__main__":
+    unittest.main()

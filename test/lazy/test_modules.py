@@ -1,0 +1,144 @@
+# Owner(s): ["oncall: jit"]
+
+"""Every module of torch's module_db, in train and eval mode: fresh inputs, results and state."""
+
+import copy
+import functools
+import os
+import unittest
+from typing import Any
+
+import torch
+from oracle import Call, check
+from torch import nn
+from torch.testing._internal.common_modules import ModuleInfo, module_db
+
+# Samples per module and mode: of a few modules there are hundreds.
+SAMPLES = 60 if os.environ.get("PYTORCH_TEST_WITH_SLOW") == "1" else 4
+
+# Modules that look at their data: their calls may take several variants.
+READS_DATA = {
+    "AdaptiveLogSoftmaxWithLoss": "selects the rows of each cluster",
+    "BatchNorm1d": "with momentum=None divides by the number of batches so far",
+    "BatchNorm2d": "with momentum=None divides by the number of batches so far",
+    "BatchNorm3d": "with momentum=None divides by the number of batches so far",
+    "CTCLoss": "lengths are read",
+    "GaussianNLLLoss": "refuses negative variances",
+    "LazyBatchNorm": "becomes another module on its first call",
+    "TransformerDecoderLayer": "detects causal masks",
+    "TransformerEncoder": "detects causal masks",
+    "TransformerEncoderLayer": "detects causal masks",
+    "Transformer": "detects causal masks",
+}
+EXPECTED_FAILURES: dict[str, str] = {}
+INFOS = {info.name: info for info in module_db}
+
+
+def _name(info: ModuleInfo) -> str:
+    # `quantized` and `parametrized` variants share the class name with others.
+    return info.name.replace(".", "_")
+
+
+class _Case:
+    """One module, one mode, one sample; everything is made anew, from the current seed."""
+
+    def __init__(self, info: ModuleInfo, training: bool, k: int) -> None:
+        self.info = info
+        self.training = training
+        self.k = k
+
+    def sample(self) -> Any:
+        seed = torch.initial_seed()
+        samples = _samples(self.info.name, self.training, seed)
+        torch.manual_seed(seed)  # Whether or not they had to be made.
+        return copy.deepcopy(samples[self.k])
+
+    def make(self) -> nn.Module:
+        construct = self.sample().constructor_input
+        module = self.info.module_cls(*construct.args, **construct.kwargs)
+        return module.to(torch.float32).train(self.training)
+
+    def inputs(self, i: int) -> Call:
+        forward = self.sample().forward_input
+        return Call(*forward.args, **forward.kwargs)
+
+
+@functools.lru_cache(maxsize=8)
+def _samples(name: str, training: bool, seed: int) -> list[Any]:
+    """All samples of a module, as they come out after torch.manual_seed(seed)."""
+    info = INFOS[name]
+    torch.manual_seed(seed)
+    samples = info.module_inputs_func(
+        info, device="cpu", dtype=torch.float32, requires_grad=False, training=training
+    )
+    return [s for s in samples if s.forward_input is not None]
+
+
+def _runs_eagerly(case: _Case) -> bool:
+    """Whether eager takes the sample at all (some are for CUDA alone)."""
+    try:
+        call = case.inputs(0)
+        with torch.no_grad():
+            case.make()(*call.args, **call.kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def maketest(info: ModuleInfo, training: bool) -> Any:
+    def test(self: unittest.TestCase) -> None:
+        torch.manual_seed(0)
+        count = len(_samples(info.name, training, 0))
+        ran = 0
+        # Spread over the list: neighbours differ in little.
+        for k in sorted({i * count // SAMPLES for i in range(SAMPLES)}):
+            case = _Case(info, training, k)
+            if not _runs_eagerly(case):
+                continue
+            ran += 1
+            with self.subTest(sample=k, desc=case.sample().desc):
+                check(
+                    case.make,
+                    case.inputs,
+                    exact=False,
+                    captures=None if info.module_cls.__name__ in READS_DATA else 1,
+                )
+        if not ran:
+            self.skipTest("no sample runs eagerly on CPU")
+
+    return test
+
+
+class ModulesTest(unittest.TestCase):
+    maxDiff = None
+
+
+for _info in module_db:
+    if torch.float32 not in _info.dtypes:
+        continue
+    for _training in (True, False):
+        _test = maketest(_info, _training)
+        _test_name = f"test_{_name(_info)}_{'train' if _training else 'eval'}"
+        if hasattr(ModulesTest, _test_name):
+            raise ValueError(f"two tests are called {_test_name}")
+        if _test_name in EXPECTED_FAILURES:
+            _test = unittest.expectedFailure(_test)
+        setattr(ModulesTest, _test_name, _test)
+
+
+class CompletenessTest(unittest.TestCase):
+    def test_every_module_has_its_tests(self):
+        names = {f"test_{_name(i)}_{m}" for i in module_db for m in ("train", "eval")}
+        missing = {n for n in names if not hasattr(ModulesTest, n)}
+        without_float = {
+            f"test_{_name(i)}_{m}"
+            for i in module_db
+            if torch.float32 not in i.dtypes
+            for m in ("train", "eval")
+        }
+        self.assertEqual(missing, without_float)
+        self.assertEqual(set(EXPECTED_FAILURES) - names, set())
+
+
+if __name__ == "__main__":
+    unittest.main()
