@@ -1,5 +1,7 @@
 """Capture any PyTorch program as one graph, and replay it exactly like eager."""
 
+import warnings
+
 import torch
 
 __version__ = "0.1.0"
@@ -16,6 +18,11 @@ except ImportError as e:
         "torch_lazy_ext has no compiled extension here: run `pip install .` (or `pip install -e .` "
         f"to work in the checkout) with a C++ compiler installed ({e})"
     ) from e
+
+with warnings.catch_warnings():
+    # Meta kernels in Python import it when they first run, and it changes the warnings' filters:
+    # not in the middle of a capture.
+    import torch._dynamo  # noqa: F401
 
 from torch_lazy_ext._errors import (
     ExtractionError,

@@ -143,7 +143,7 @@ class Lowered:
     result: Source
     refills: list[tuple[int, Built]]
     effects: list[tuple[Any, Any, Any]]
-    assigned: list[tuple[torch.Tensor, Source]]
+    assigned: list[tuple[int, Source]]
     guards: list[ValueGuard]
     generators: list[torch.Generator]
     uses_storage_offset: bool
@@ -180,7 +180,11 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             effects.append((change.owner, change.key, _lift.MISSING))
         else:
             effects.append((change.owner, change.key, sources.of(change.value)))
-    assigned = [(tensor, sources.of(value)) for tensor, value in recording.assigned]
+    assigned = [
+        (sources.lifted[id(tensor)], sources.of(value))
+        for tensor, value in recording.assigned
+        if id(tensor) in sources.lifted  # others are the program's own
+    ]
     lifted = recorder.lifted()
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
     num_exposed = len(roots.values)
@@ -221,11 +225,9 @@ def _write(
     if about.storage_changed:
         return [Write(index, None, about.version, source=sources.of(twin.detach()))]
     meta = None
-    if (twin.shape, twin.stride(), twin.storage_offset()) != (
-        tensor.shape,
-        tensor.stride(),
-        tensor.storage_offset(),
-    ):
+    # Without such a mutation, other strides are functionalization's: an out-of-place
+    # operator gives a dense tensor in the place of a strided one.
+    if about.metadata_mutated or twin.shape != tensor.shape:
         offset = twin.storage_offset() - tensor.storage_offset()
         meta = (list(twin.shape), list(twin.stride()), offset)
     if about.mutated and torch._debug_has_internal_overlap(tensor) == 1:
@@ -270,6 +272,10 @@ class _Sources:
         self.roots = roots
         self.arguments = {id(c): i for i, c in enumerate(recording.containers)}
         self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
+        self.lifted = {}  # id of a lifted tensor or its twin -> its index
+        for i, (tensor, twin, _constant, _base) in enumerate(self.recorder.lifted()):
+            self.lifted[id(tensor)] = self.lifted[id(twin)] = i
+        self._assigned = {id(tensor) for tensor, _value in recording.assigned}
         self._sharing: dict[int, int] = {}
         self._objects: set[int] = set()  # roots that are a result already
         everything = [recording.result, list(recording.refilled.values())]
@@ -327,6 +333,8 @@ class _Sources:
 
     def _tensor(self, leaf: torch.Tensor) -> Source:
         recorder = self.recorder
+        if id(leaf) in self._assigned and id(leaf) in self.lifted:
+            return FromLifted(self.lifted[id(leaf)])
         about = recorder.describe(leaf)
         if not about.captured:
             if not recorder.is_liftable(leaf):

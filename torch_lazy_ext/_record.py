@@ -42,6 +42,7 @@ class Capture:
     def __init__(self, recorder: _C.Recorder) -> None:
         self.recorder = recorder
         self.assigned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, random calls so far
 
     def __enter__(self) -> Capture:
         with Capture._lock:
@@ -83,6 +84,23 @@ class Capture:
             self.read(torch._C.TensorBase.tolist, v) if isinstance(v, torch.Tensor) else self.numbers(v)
             for v in data
         ]
+
+    def get_rng_state(self, func: Any, *args: Any) -> torch.Tensor:
+        state = func(*args)
+        self._rng_states.append((state, self.recorder.random_calls()))
+        return state
+
+    def set_rng_state(self, func: Any, state: torch.Tensor, *args: Any) -> None:
+        # Back to the present state (`torch.utils.checkpoint` around nothing random).
+        now = self.recorder.random_calls()
+        if not any(state is known and count == now for known, count in self._rng_states):
+            self.seed(func)
+
+    def seed(self, func: Any, *args: Any) -> Any:
+        raise UnsupportedError(
+            f"the program sets the state of the random number generator (torch.{func.__name__}): "
+            "seed before the call, or draw from a torch.Generator that is an argument"
+        )
 
     def get_data(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         # The getter itself: memory shared, a version counter of its own.
@@ -181,6 +199,12 @@ _PROPERTIES: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any]]] = {
 # Their C++ code reads the tensors in nested lists.
 _FROM_DATA = [(torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"),
               (torch.Tensor, "new_tensor")]
+_GENERATOR = {
+    "manual_seed": Capture.seed,
+    "seed": Capture.seed,
+    "get_rng_state": Capture.get_rng_state,
+    "set_rng_state": Capture.set_rng_state,
+}
 _MISSING = object()
 _replaced: list[tuple[Any, str, Any]] = []
 
@@ -216,6 +240,17 @@ def _from_data(original: Any) -> Any:
     return function
 
 
+def _function(original: Any, handler: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        capture = getattr(_running, "capture", None)
+        if capture is None:
+            return original(*args, **kwargs)
+        return handler(capture, original, *args, **kwargs)
+
+    return function
+
+
 def _install() -> None:
     def replace(owner: Any, name: str, new: Any) -> None:
         _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
@@ -225,6 +260,10 @@ def _install() -> None:
         replace(torch.Tensor, name, _method(getattr(torch.Tensor, name), handler))
     for name, (getter, setter) in _PROPERTIES.items():
         replace(torch.Tensor, name, _property(getattr(torch.Tensor, name), getter, setter))
+    for name, handler in _GENERATOR.items():
+        function = _function(getattr(torch.random, name), handler)
+        replace(torch.random, name, function)
+        replace(torch, name, function)
     for owner, name in _FROM_DATA:
         replace(owner, name, _from_data(getattr(owner, name)))
 
@@ -309,7 +348,6 @@ def record(
     try:
         with capture:
             recording.result = fn(*own_args, **own_kwargs)
-            recorder.check_generator()
     finally:
         recording.changes = state.take_back()
     for i, (container, old) in enumerate(zip(recording.containers, before)):

@@ -309,8 +309,9 @@ class Specialization:
         take = _Results(flat.containers, tensors, values)
         with torch.no_grad():
             _write_back(lowered.writes, tensors, values, take)
-            for tensor, source in lowered.assigned:
-                tensor.data = take(source)
+            new_data = [(index, take(source)) for index, source in lowered.assigned]
+            for index, value in new_data:
+                tensors[index].data = value
         result = take(lowered.result)
         for position, built in lowered.refills:
             _tree.fill(flat.containers[position], built.shape, [take(c) for c in built.children])

@@ -60,7 +60,7 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
   if (twin != r.input_by_twin.end()) {
     d.lifted = static_cast<int64_t>(twin->second);
   }
-  d.version = static_cast<int64_t>(seen._version());
+  d.version = seen.is_inference() ? 0 : static_cast<int64_t>(seen._version());
   auto* storage = wrapper->unsafe_storage().unsafeGetStorageImpl();
   d.storage = reinterpret_cast<uintptr_t>(storage);
   for (size_t i = 0; i < r.inputs.size(); ++i) {
@@ -147,7 +147,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "Lift every tensor over the storage of this one as a view of the storage.")
       .def("alive", &Recorder::alive)
       .def_readwrite("verify_layouts", &Recorder::verify_layouts)
-      .def("check_generator", &Recorder::check_generator)
+      .def(
+          "random_calls",
+          [](const Recorder& r) {
+            return std::count_if(
+                r.nodes.begin(), r.nodes.end(), [](const auto& n) { return n->random(); });
+          })
       .def(
           "run_checked",
           [](Recorder& r,

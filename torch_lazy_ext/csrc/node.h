@@ -114,6 +114,7 @@ class GenericNode : public torch::lazy::TsNode {
   torch::jit::SourceRange source_range; // call->source for the lowered node
   int64_t id = -1; // position in program order
   bool depends_on_input = false;
+  bool sizes_from_data = false;
   std::vector<at::Tensor> values; // real outputs, once computed during capture
 };
 

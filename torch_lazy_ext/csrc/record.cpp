@@ -47,6 +47,11 @@ at::Tensor without_wrapper(const at::Tensor& t) {
   return t;
 }
 
+// clone() would make a strided tensor dense.
+at::Tensor strided_copy(const at::Tensor& t) {
+  return at::empty_strided(t.sizes(), t.strides(), t.options()).copy_(t);
+}
+
 at::Generator generator_of(const OperatorCall& call) {
   for (const Argument& a : call.arguments) {
     if (a.kind == ArgKind::Constant && a.constant.isGenerator()) {
@@ -139,7 +144,6 @@ void Recorder::enter() {
   TORCH_CHECK(current_recorder == nullptr, "a capture is already running on this thread");
   entered_ = true;
   current_recorder = this;
-  generator_state_ = at::detail::getDefaultCPUGenerator().get_state();
   previous_reapply_ = fi::getFunctionalizationReapplyViewsTLS();
   fi::setFunctionalizationReapplyViewsTLS(true);
   set_included(true);
@@ -346,11 +350,11 @@ Stack Recorder::run(const OperatorCall& call) {
   for (size_t i : call.mutated) {
     IValue& argument = stack[i];
     if (argument.isTensor()) {
-      argument = argument.toTensor().clone();
+      argument = strided_copy(argument.toTensor());
     } else {
       c10::List<at::Tensor> copies;
       for (const at::Tensor& t : argument.toTensorVector()) {
-        copies.push_back(t.clone());
+        copies.push_back(strided_copy(t));
       }
       argument = std::move(copies);
     }
@@ -445,8 +449,10 @@ void Recorder::add_value_guard(ValueRef value, const at::Tensor& expected) {
 
 std::vector<at::Tensor> Recorder::alive() {
   std::vector<at::Tensor> out;
+  std::unordered_set<c10::TensorImpl*> seen;
   for (auto& weak : made) {
-    if (auto impl = weak.lock()) {
+    auto impl = weak.lock();
+    if (impl && seen.insert(impl.get()).second) {
       out.emplace_back(std::move(impl));
     }
   }
@@ -465,20 +471,6 @@ std::vector<at::Generator> Recorder::generators() const {
     }
   }
   return out;
-}
-
-void Recorder::check_generator() {
-  const at::Tensor now = at::detail::getDefaultCPUGenerator().get_state();
-  if (!generator_state_.defined()) {
-    return;
-  }
-  if (std::memcmp(now.const_data_ptr(), generator_state_.const_data_ptr(), now.nbytes()) != 0) {
-    throw Unsupported(c10::str(
-        "the program sets the state of the random number generator (torch.manual_seed, "
-        "torch.set_rng_state, ...) before ",
-        describe(current_source()),
-        ": seed before the call, or draw from a torch.Generator that is an argument"));
-  }
 }
 
 // ------------------------------------------------------------------- recording
@@ -537,9 +529,6 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
   call.arguments.resize(count);
   call.random = op.hasTag(at::Tag::nondeterministic_seeded);
   call.serial = static_cast<int64_t>(nodes.size());
-  if (call.random) {
-    check_generator();
-  }
   call.depends_on_input = call.random;
   const bool reads_values = !reads_shape_only(op.schema().name());
   auto add = [&](Argument& a, const at::Tensor& t) {
@@ -760,20 +749,25 @@ void Recorder::learn(const OperatorCall& call, c10::Device device, const Outputs
 
 namespace {
 
-enum class Agreement { Full, Layout, None };
+enum class Agreement { Full, Strides, Sizes, None };
 
-// Layout: the sizes agree, and not the strides, offsets or dtypes. The strides of
-// dimensions of size 1 and of empty tensors decide nothing.
+// Strides: these differ, or the dtypes; those of dimensions of size 1 and of empty
+// tensors decide nothing. Sizes: some of these differ.
 Agreement compare(const std::vector<TensorMeta>& real, const std::vector<TensorMeta>& inferred) {
   if (real.size() != inferred.size()) {
     return Agreement::None;
   }
   bool same = true;
+  bool sizes_agree = true;
   for (size_t k = 0; k < real.size(); ++k) {
     const TensorMeta& a = real[k];
     const TensorMeta& b = inferred[k];
-    if (a.defined != b.defined || a.sizes != b.sizes) {
+    if (a.defined != b.defined) {
       return Agreement::None;
+    }
+    if (a.sizes != b.sizes) {
+      sizes_agree = false;
+      continue;
     }
     same = same && a.dtype == b.dtype && a.conj == b.conj && a.neg == b.neg;
     if (std::find(a.sizes.begin(), a.sizes.end(), 0) != a.sizes.end()) {
@@ -783,7 +777,7 @@ Agreement compare(const std::vector<TensorMeta>& real, const std::vector<TensorM
       same = same && (a.sizes[d] == 1 || a.strides[d] == b.strides[d]);
     }
   }
-  return same ? Agreement::Full : Agreement::Layout;
+  return !sizes_agree ? Agreement::Sizes : same ? Agreement::Full : Agreement::Strides;
 }
 
 } // namespace
@@ -831,7 +825,8 @@ Checked Recorder::run_checked(
       const Outputs real =
           outputs_of(*n.call, std::move(results), device_of(*n.call), describe(n.call->source));
       const auto agrees = compare(real.metas, n.metas);
-      if (agrees == Agreement::Layout) {
+      // Sizes that depend on data are guarded; others the meta kernel had wrong.
+      if (agrees == Agreement::Strides || (agrees == Agreement::Sizes && !n.sizes_from_data)) {
         learn(*n.call, device_of(*n.call), real);
         result.learned = true;
       }
@@ -875,7 +870,7 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   Outputs out = observed ? observe(call, device) : std::move(*inferred);
   if (verify_layouts && !observed && out.plain.empty()) {
     Outputs real = observe(call, device);
-    if (compare(real.metas, out.metas) == Agreement::Layout) {
+    if (compare(real.metas, out.metas) != Agreement::Full) {
       learn(call, device, real);
       out = std::move(real);
     }
@@ -900,6 +895,7 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
       std::move(call), std::move(out.metas), std::move(out.list_lengths));
   n->id = static_cast<int64_t>(nodes.size());
   n->values = std::move(out.values);
+  n->sizes_from_data = guarded;
   nodes.push_back(n);
   if (guarded) {
     for (size_t i = 0; i < n->metas.size(); ++i) {

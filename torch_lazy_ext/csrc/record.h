@@ -85,7 +85,6 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   at::Tensor lift(const at::Tensor& tensor, bool constant);
   // Tensors the program was given by operators and still holds.
   std::vector<at::Tensor> alive();
-  void check_generator(); // raises when the program has set its state
   at::Tensor twin_of(const at::Tensor& tensor); // lifts when necessary
   bool is_liftable(const at::Tensor& tensor) const;
   // From now on `twin` stands for `tensor` (an assignment to `tensor.data`).
@@ -148,7 +147,6 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::string own_prefix_;
   // The program's view of each generator it drew from so far.
   std::unordered_map<c10::GeneratorImpl*, at::Tensor> rng_states_;
-  at::Tensor generator_state_; // of the default generator when the capture began
   bool previous_reapply_ = false;
   bool entered_ = false;
   bool finished_ = false;
