@@ -54,6 +54,16 @@ class FromView:
 
 
 @dataclasses.dataclass(eq=False)
+class FromStrided:
+    """A view of the memory of a lifted tensor that shares its storage with others."""
+
+    index: int
+    sizes: list[int]
+    strides: list[int]
+    offset: int
+
+
+@dataclasses.dataclass(eq=False)
 class FromConstant:
     """Memory that the program made from Python data: a new copy on each call."""
 
@@ -91,7 +101,7 @@ class Built:
 
 
 Source = (
-    FromLifted | FromRoot | FromView | FromConstant | Constant | Copied | FromArgument | Built
+    FromLifted | FromRoot | FromView | FromStrided | FromConstant | Constant | Copied | FromArgument | Built
 )
 
 
@@ -186,6 +196,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         if id(tensor) in sources.lifted  # others are the program's own
     ]
     lifted = recorder.lifted()
+    _check_generators(recorder, recording, state)
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
     num_exposed = len(roots.values)
     _check_sharing(recorder, lifted, writes)
@@ -194,7 +205,6 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         for value, expected, is_value, source in recorder.guards()
     ]
     graph, parameters = _C.lower(recorder, roots.values, num_exposed)
-    recorder.clear_values()
     return Lowered(
         graph=graph,
         roots=roots.values,
@@ -223,7 +233,12 @@ def _write(
         return []
     about = recorder.describe(twin)
     if about.storage_changed:
-        return [Write(index, None, about.version, source=sources.of(twin.detach()))]
+        if about.mutated:
+            raise UnsupportedError(
+                "the program gives a tensor the memory of another one (Tensor.set_) and writes to "
+                "it: use the other tensor"
+            )
+        return [Write(index, None, about.version, source=sources.memory_of(twin))]
     meta = None
     # Without such a mutation, other strides are functionalization's: an out-of-place
     # operator gives a dense tensor in the place of a strided one.
@@ -241,6 +256,19 @@ def _write(
     if about.version or meta is not None:
         return [Write(index, None, about.version, meta)]
     return []
+
+
+def _check_generators(
+    recorder: _C.Recorder, recording: Recording, state: _lift.State
+) -> None:
+    """A generator that the program makes itself would go on where the last call left it."""
+    values = recording.leaves + [value for _slot, value in state.values]
+    known = [v for v in values if isinstance(v, torch.Generator)]
+    if not recorder.draws_only_from([torch.default_generator, *known]):
+        raise UnsupportedError(
+            "the program draws from a torch.Generator that it makes itself: make it before the "
+            "capture, and pass it or keep it in an attribute"
+        )
 
 
 def _check_sharing(
@@ -332,25 +360,35 @@ class _Sources:
         return built
 
     def _tensor(self, leaf: torch.Tensor) -> Source:
-        recorder = self.recorder
         if id(leaf) in self._assigned and id(leaf) in self.lifted:
             return FromLifted(self.lifted[id(leaf)])
-        about = recorder.describe(leaf)
+        about = self.recorder.describe(leaf)
         if not about.captured:
-            if not recorder.is_liftable(leaf):
+            if not self.recorder.is_liftable(leaf):
                 return Constant(leaf)
             # An eager tensor that met no operator (a parameter returned as it is).
-            recorder.lift(leaf)
-            about = recorder.describe(leaf)
+            self.recorder.lift(leaf)
+            about = self.recorder.describe(leaf)
+        if about.lifted >= 0 and not about.constant:
+            return FromLifted(about.lifted)
+        return self.memory_of(leaf)
+
+    def memory_of(self, leaf: torch.Tensor) -> Source:
+        """The source of what a tensor holds, also when it is a lifted tensor itself."""
+        recorder = self.recorder
+        about = recorder.describe(leaf)
         lifted = recorder.lifted()
         base = about.base_lifted
-        if about.storage_changed and about.lifted >= 0:
-            return FromLifted(about.lifted)
         if base >= 0 and lifted[base][2]:
             if not about.mutated:
                 return FromConstant(base, about.views)
-        elif about.lifted >= 0:
-            return FromLifted(about.lifted)
+        elif base >= 0 and lifted[base][3] == base and not leaf.is_conj() and not leaf.is_neg():
+            # Of a member, not of the storage as a whole: so it shares the version counter.
+            for i, (tensor, _twin, _constant, group) in enumerate(lifted):
+                if group == base and i != base and tensor.dtype == leaf.dtype:
+                    return FromStrided(
+                        i, list(leaf.shape), list(leaf.stride()), leaf.storage_offset()
+                    )
         elif base >= 0 and about.mutated:
             if not len(about.views):
                 return FromLifted(base, alias=True)

@@ -70,9 +70,11 @@ class Capture:
 
     def read(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         real = self.recorder.materialize(self.recorder.twin_of(tensor))
+        requires_grad = tensor.requires_grad
+        grad_mode = torch.is_grad_enabled()
         _running.capture = None
         try:
-            return _C.standalone(_read, func, real, tensor.requires_grad, args, kwargs)
+            return _C.standalone(_read, func, real, requires_grad, grad_mode, args, kwargs)
         finally:
             _running.capture = self
 
@@ -98,7 +100,8 @@ class Capture:
 
     def seed(self, func: Any, *args: Any) -> Any:
         raise UnsupportedError(
-            f"the program sets the state of the random number generator (torch.{func.__name__}): "
+            f"the program sets or reads the state of the random number generator "
+            f"(torch.{func.__name__}): "
             "seed before the call, or draw from a torch.Generator that is an argument"
         )
 
@@ -160,16 +163,19 @@ class Capture:
         if not _C.is_capture_tensor(tensor):
             return func(tensor, *args, **kwargs)
         raise UnsupportedError(
-            f"the program asks for the memory of a tensor (torch.Tensor.{func.__name__}), and "
+            f"the program wants the memory of a tensor (torch.Tensor.{func.__name__}), and "
             "there is none while it is captured: compute with tensors, or read values with "
             "tolist() or numpy()"
         )
 
 
-def _read(func: Any, value: torch.Tensor, requires_grad: bool, args: Any, kwargs: Any) -> Any:
+def _read(
+    func: Any, value: torch.Tensor, requires_grad: bool, grad_mode: bool, args: Any, kwargs: Any
+) -> Any:
     # A copy: what the program does to it must not change the value that is guarded.
     value = value.detach().clone().requires_grad_(requires_grad)
-    result = func(value, *args, **kwargs)
+    with torch.set_grad_enabled(grad_mode):
+        result = func(value, *args, **kwargs)
     if type(result).__module__ == "numpy" and hasattr(result, "flags"):
         # Eager would share the memory; a write that cannot reach the tensor has to fail.
         result.flags.writeable = False
@@ -184,6 +190,9 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "__format__": Capture.read,
     "requires_grad_": Capture.requires_grad_,
     "__deepcopy__": Capture.deepcopy,
+    "apply_": Capture.refuse,
+    "map_": Capture.refuse,
+    "map2_": Capture.refuse,
     "data_ptr": Capture.refuse,
     "untyped_storage": Capture.refuse,
     "storage": Capture.refuse,
@@ -202,6 +211,7 @@ _FROM_DATA = [(torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"),
 _GENERATOR = {
     "manual_seed": Capture.seed,
     "seed": Capture.seed,
+    "initial_seed": Capture.seed,
     "get_rng_state": Capture.get_rng_state,
     "set_rng_state": Capture.set_rng_state,
 }
@@ -283,6 +293,7 @@ class Recording:
     Attributes:
         recorder: the nodes, the lifted tensors and the guards.
         result: what the program returned.
+        leaves: the arguments that are no tensors.
         containers: the containers of the arguments as the program saw them.
         refilled: position in `containers` -> the container, for those the program changed.
         changes: what the program did to its state; taken back already.
@@ -292,6 +303,7 @@ class Recording:
     def __init__(self, recorder: _C.Recorder) -> None:
         self.recorder = recorder
         self.result: Any = None
+        self.leaves: list[Any] = []
         self.containers: list[Any] = []
         self.refilled: dict[int, Any] = {}
         self.changes: list[_lift.Change] = []
@@ -328,6 +340,7 @@ def record(
 
     def twin(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
+            recording.leaves.append(leaf)
             return leaf
         if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
             raise UnsupportedError(
@@ -336,7 +349,7 @@ def record(
             )
         if not recorder.is_liftable(leaf):
             raise UnsupportedError(
-                f"an argument is a tensor of layout {leaf.layout} and type {leaf.type()}, which a "
+                f"an argument is a tensor of layout {leaf.layout} and dtype {leaf.dtype}, which a "
                 "graph cannot hold: pass dense tensors and convert outside of the program"
             )
         return recorder.lift(leaf)
@@ -348,6 +361,9 @@ def record(
     try:
         with capture:
             recording.result = fn(*own_args, **own_kwargs)
+    except BaseException:
+        recorder.release()
+        raise
     finally:
         recording.changes = state.take_back()
     for i, (container, old) in enumerate(zip(recording.containers, before)):
@@ -386,13 +402,17 @@ def _release_kept(recording: Recording) -> None:
     alive = recorder.alive()
     while alive:
         tensor = alive.pop()
-        if id(tensor) in expected or not _C.is_capture_tensor(tensor) or not _held(tensor):
+        if id(tensor) in expected or not _C.is_capture_tensor(tensor):
             continue
+        references = sys.getrefcount(tensor) - 2  # its own and ours
+        # PyTorch itself may hold a tensor (a view holds its base), and with it the Python object.
+        certainly_held = references - (tensor._use_count() > 1) > 0
         about = recorder.describe(tensor)
-        if not about.captured:
+        if not references or not about.captured:
             continue
         if recorder.depends_on_input(about.value):
-            stale.append(recorder.node_info(about.value.node))
+            if certainly_held:
+                stale.append(recorder.node_info(about.value.node))
         else:
             value = recorder.materialize(tensor, guard=False).clone()
             torch._C._swap_tensor_impl(tensor, value)
@@ -403,14 +423,6 @@ def _release_kept(recording: Recording) -> None:
             "results, attributes and closures, which a replay cannot bring up to date: return it, "
             "or keep it in an attribute of the module"
         )
-
-
-def _held(tensor: torch.Tensor) -> bool:
-    """Whether Python code holds a tensor, and not only PyTorch (a view holds its base)."""
-    references = sys.getrefcount(tensor) - 3  # getrefcount's, ours and the caller's
-    if tensor._use_count() > 1:
-        references -= 1  # the Python object lives as long as the C++ one
-    return references > 0
 
 
 def _reach(values: list[Any], tensors: set[int]) -> None:

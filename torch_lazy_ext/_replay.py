@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_lazy_ext import _C, _clean, _lift, _lower, _record, _text, _tree
+from torch_lazy_ext import _C, _lift, _lower, _record, _text, _tree
 from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 
 GUARD_FAILURE = ("recapture", "eager", "error")
@@ -74,6 +74,10 @@ def _surroundings() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_device() if torch._C._len_torch_function_stack() else None,
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
     )
 
 
@@ -129,12 +133,11 @@ class Specialization:
         self._surroundings = _surroundings()
         opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
         state = _lift.State(fn, *opaque)
-        recording, lowered = _capture(fn, args, kwargs, state, verify_layouts)
-        _clean.clean(lowered.graph)
+        recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts)
         self.graph = lowered.graph
         self._lowered = lowered
         self._program = _C.Program(lowered.graph)
-        self._recorder: _C.Recorder | None = recording.recorder  # until the first run
+        self._recorder: _C.Recorder | None = recorder  # until the first run
         self._first_run = threading.Lock()
         self.guards = [Guard(g) for g in lowered.guards]
 
@@ -394,6 +397,9 @@ class _Results:
             return tensor.data if source.alias else tensor
         if isinstance(source, _lower.FromView):
             return source.views.apply(self(source.base))
+        if isinstance(source, _lower.FromStrided):
+            member = self.tensors[source.index]
+            return member.as_strided(source.sizes, source.strides, source.offset)
         if isinstance(source, _lower.FromArgument):
             return self.containers[source.position]
         if isinstance(source, _lower.Copied):
@@ -411,12 +417,12 @@ def _capture(
     kwargs: dict[str, Any],
     state: _lift.State,
     verify_layouts: bool,
-) -> tuple[_record.Recording, _lower.Lowered]:
+) -> tuple[_C.Recorder, _lower.Lowered]:
     shared: list[torch.Tensor] = []
     while True:
         recording = _record.record(fn, args, kwargs, state, shared, verify_layouts)
         try:
-            return recording, _lower.lower(recording, state)
+            return recording.recorder, _lower.lower(recording, state)
         except _lower.SharedStorage as request:
             if shared:
                 raise UnsupportedError(
@@ -425,6 +431,8 @@ def _capture(
                     "them, and derive the others inside the program"
                 ) from None
             shared = request.tensors
+        finally:
+            recording.recorder.release()
 
 
 def _kept_value(leaf: Any) -> Any:
@@ -495,7 +503,7 @@ class CompiledGraph:
                 return self._capture_and_run(args, kwargs, flat, verify_layouts=True)
             self._touch(specialization)
             return result
-        if failed and observed:
+        if failed:
             if self._on_guard_failure == "error":
                 raise GuardError(self._failure(failed[-1], observed))
             if self._on_guard_failure == "eager":
@@ -512,7 +520,7 @@ class CompiledGraph:
         flat: _tree.Flat,
         verify_layouts: bool = False,
     ) -> Any:
-        while True:
+        for _attempt in range(4):
             try:
                 specialization = self._capture(args, kwargs, verify_layouts)
             except ExtractionError:
@@ -530,6 +538,10 @@ class CompiledGraph:
                 # The operators raise on this data: so does the program, in its own words.
                 self._discard(specialization)
                 return self._fn(*args, **kwargs)
+        raise UnsupportedError(
+            "an operator of the program gives other shapes or dtypes on each run than were "
+            "recorded (does the program change the default dtype?): keep that outside of it"
+        )
 
     def _discard(self, specialization: Specialization) -> None:
         with self._lock:
@@ -544,6 +556,8 @@ class CompiledGraph:
                     self._specializations.insert(0, specialization)
 
     def _failure(self, specialization: Specialization, observed: list[torch.Tensor]) -> str:
+        if not observed:
+            return "an operator of the captured graph raises an error on this data"
         guard = specialization.guards[min(len(observed), len(specialization.guards)) - 1]
         seen = observed[-1].tolist() if guard.is_value else tuple(observed[-1].shape)
         where = f" at {guard.source}" if guard.source else ""
@@ -581,10 +595,14 @@ class CompiledGraph:
 
     def explain(self) -> str:
         """The variants with their guards, hits and misses, for people."""
-        lines = [f"{len(self._specializations)} variants, most recently used first"]
+        count = len(self._specializations)
+        lines = [f"{count} variant{'s' * (count != 1)}, most recently used first"]
         for i, s in enumerate(self._specializations):
             operators = collections.Counter(n.kind() for n in s.graph.nodes())
             count = sum(v for k, v in operators.items() if not k.startswith("prim::"))
-            lines.append(f"variant {i}: {count} operators, {s.hits} hits, {s.misses} misses")
-            lines += [f"  guard: {guard!r}" for guard in s.guards]
+            lines.append(
+                f"variant {i}: {count} operator{'s' * (count != 1)}, {s.hits} "
+                f"hit{'s' * (s.hits != 1)}, {s.misses} miss{'es' * (s.misses != 1)}"
+            )
+            lines += [f"  guard: {guard!r}" for guard in s.guards] or ["  no guards"]
         return "\n".join(lines) + "\n"

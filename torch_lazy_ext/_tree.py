@@ -217,12 +217,14 @@ def flatten(value: Any) -> Flat:
         if taken is None:
             leaves.append(v)
             return None
-        known = seen.get(id(v))
-        if known is not None:
-            return known
-        seen[id(v)] = len(containers)
-        containers.append(v)
         shape, children = taken
+        if not is_immutable(shape):
+            # Whether one tuple is held twice or two equal ones are is Python's affair.
+            known = seen.get(id(v))
+            if known is not None:
+                return known
+            seen[id(v)] = len(containers)
+        containers.append(v)
         return (shape, tuple([walk(c) for c in children]))
 
     spec = walk(value)
@@ -248,7 +250,6 @@ def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
         containers.append(None)
         if is_immutable(shape):
             copy = make_tuple(shape, [walk(c) for c in children])
-            made[id(v)] = copy
         else:
             copy = made[id(v)] = make(shape)
             fill(copy, shape, [walk(c) for c in children])

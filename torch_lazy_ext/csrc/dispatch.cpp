@@ -187,6 +187,84 @@ bool has_no_functional_variant(const c10::OperatorHandle& op) {
       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
 }
 
+// A functional tensor that an operator writes to.
+struct Written {
+  at::Tensor tensor;
+  at::Tensor before; // the value inside
+  uint32_t version; // its version counter before
+};
+
+std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
+  std::vector<Written> out;
+  const c10::FunctionSchema& schema = op.schema();
+  if (!schema.is_mutable() || op.hasTag(at::Tag::inplace_view)) {
+    return out;
+  }
+  auto add = [&](const at::Tensor& t) {
+    if (t.defined() && fi::isFunctionalTensor(t) && !t.is_inference()) {
+      fi::sync(t);
+      out.push_back({t, fi::from_functional_tensor(t), static_cast<uint32_t>(t._version())});
+    }
+  };
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
+    if (alias == nullptr || !alias->isWrite()) {
+      continue;
+    }
+    const IValue& v = stack[begin + i];
+    if (v.isTensor()) {
+      add(v.toTensor());
+    } else if (v.isTensorList()) {
+      for (const at::Tensor& t : v.toTensorVector()) {
+        add(t);
+      }
+    }
+  }
+  return out;
+}
+
+// Functionalization puts the dense result of an out-of-place operator in the place of a
+// tensor with gaps; eager leaves the gaps.
+void restore_strides(const Written& w) {
+  if (w.before.is_non_overlapping_and_dense() || w.tensor.sizes() != w.before.sizes() || w.tensor.strides() == w.before.strides()) {
+    return;
+  }
+  auto* wrapper = fi::unsafeGetFunctionalWrapper(w.tensor);
+  if (!wrapper->view_metas().empty()) {
+    wrapper->apply_updates();
+    wrapper->regenerate_from_base();
+    return;
+  }
+  at::Tensor value;
+  {
+    at::AutoDispatchSkipFunctionalize below;
+    value = at::copy(w.before, fi::from_functional_tensor(w.tensor)); // keeps the strides
+  }
+  fi::replace_(w.tensor, value);
+  fi::commit_update(w.tensor);
+  fi::sync(w.tensor);
+}
+
+// Functionalization casts the result of the out-of-place operator; eager refuses to put
+// a float into an integer tensor. The in-place operator on meta tensors tells.
+void check_in_place(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
+  Stack metas(stack.begin() + static_cast<int64_t>(begin), stack.end());
+  map_tensors(&metas, 0, metas.size(), [](const at::Tensor& t) {
+    return is_captured(t) ? TensorMeta::of(t).make_meta_tensor() : t;
+  });
+  StandaloneGuard alone;
+  try {
+    op.callBoxed(&metas);
+  } catch (const c10::NotImplementedError&) {
+    // No meta kernel.
+  } catch (const c10::Error& e) {
+    if (e.what_without_backtrace() != nullptr &&
+        std::string(e.what_without_backtrace()).find("can't be cast") != std::string::npos) {
+      throw;
+    }
+  }
+}
+
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
 
@@ -214,13 +292,13 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   // (twin, what the program passed), for operators that return an argument.
   std::vector<std::pair<c10::TensorImpl*, at::Tensor>> passed;
   map_tensors(stack, begin, stack->size(), [&](const at::Tensor& t) {
-    if (t.layout() != at::kStrided || t.is_quantized()) {
+    if (t.layout() != at::kStrided || t.is_quantized() || t.is_nested()) {
       throw Unsupported(c10::str(
           op.schema().operator_name(),
           " gets a tensor of layout ",
           t.layout(),
-          " and type ",
-          t.toString(),
+          " and dtype ",
+          t.scalar_type(),
           ", which a graph cannot hold (at ",
           recorder->describe(recorder->current_source()),
           "): convert it to a dense tensor outside of the captured program"));
@@ -241,6 +319,10 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   if (replace(op, stack)) {
     return;
   }
+  std::vector<Written> written = written_to(op, *stack, begin);
+  if (!written.empty() && c10::isIntegralType(written[0].tensor.scalar_type(), true)) {
+    check_in_place(op, *stack, begin);
+  }
   // Through the dispatcher once more, which computes the keys of the twins.
   lifted_arguments = true;
   if (has_no_functional_variant(op)) {
@@ -248,6 +330,13 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
     op.callBoxed(stack);
   } else {
     op.callBoxed(stack);
+  }
+  for (const Written& w : written) {
+    restore_strides(w);
+    if (w.tensor._version() == w.version && name.rfind("aten::_foreach_", 0) == 0) {
+      // Eager's kernel is a loop of in-place operators.
+      w.tensor.unsafeGetTensorImpl()->bump_version();
+    }
   }
   for_each_tensor(*stack, stack->size() - begin, [&](const at::Tensor& t) {
     if (t.defined()) {

@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace py = pybind11;
@@ -27,6 +28,7 @@ struct ViewSequence {
 struct Described {
   bool captured = false; // false: an eager tensor, or one of another kind
   int64_t lifted = -1; // the lifted tensor it is the twin of
+  bool constant = false; // which is a constant
   int64_t base_lifted = -1; // the lifted tensor whose storage it shares
   uintptr_t storage = 0; // identity of the functional storage
   bool mutated = false; // the storage saw a mutation
@@ -59,6 +61,7 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
   auto twin = r.input_by_twin.find(seen.unsafeGetTensorImpl());
   if (twin != r.input_by_twin.end()) {
     d.lifted = static_cast<int64_t>(twin->second);
+    d.constant = r.inputs[twin->second].constant;
   }
   d.version = seen.is_inference() ? 0 : static_cast<int64_t>(seen._version());
   auto* storage = wrapper->unsafe_storage().unsafeGetStorageImpl();
@@ -114,6 +117,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Described>(m, "Described")
       .def_readonly("captured", &Described::captured)
       .def_readonly("lifted", &Described::lifted)
+      .def_readonly("constant", &Described::constant)
       .def_readonly("base_lifted", &Described::base_lifted)
       .def_readonly("storage", &Described::storage)
       .def_readonly("mutated", &Described::mutated)
@@ -166,6 +170,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("rebind", &Recorder::rebind)
       .def("twin_of", &Recorder::twin_of)
       .def("generators", &Recorder::generators)
+      .def(
+          "draws_only_from",
+          [](const Recorder& r, const std::vector<at::Generator>& known) {
+            const auto drawn = r.generators();
+            return std::all_of(drawn.begin(), drawn.end(), [&](const at::Generator& g) {
+              return std::find(known.begin(), known.end(), g) != known.end();
+            });
+          })
       .def("describe", &describe_tensor)
       .def("base_value", &base_value)
       .def(
@@ -223,13 +235,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "is_input",
           [](Recorder& r, const ValueRef& v) { return r.node(v.node).kind == NodeKind::Input; })
-      .def(
-          "clear_values",
-          [](Recorder& r) {
-            for (auto& n : r.nodes) {
-              n->values.clear();
-            }
-          })
+      .def("release", &Recorder::release)
       .def(
           "depends_on_input",
           [](Recorder& r, const ValueRef& v) { return r.node(v.node).depends_on_input; })

@@ -137,9 +137,7 @@ class Lowering {
     const Argument& a = call_.arguments[i];
     if (a.kind == ArgKind::Constant) {
       const bool undefined = a.constant.isTensor() && !a.constant.toTensor().defined();
-      Value* v = graph_->insertConstant(undefined ? c10::IValue() : a.constant);
-      constants_.emplace_back(v, i);
-      return v;
+      return graph_->insertConstant(undefined ? c10::IValue() : a.constant);
     }
     if (a.kind == ArgKind::Tensor) {
       return operand();
@@ -171,9 +169,9 @@ class Lowering {
     return graph_->insertNode(graph_->createList(c10::TensorType::get(), copies))->output();
   }
 
-  // TorchScript finds the overload by the types of the inputs. Where the constants' own
-  // types lead it astray (None fits several overloads, a bool is no number to it) they
-  // get the types of the schema.
+  // TorchScript finds the overload by the types of the inputs. Where that leads it astray
+  // (None fits several overloads, a bool is no number to it), the node calls the operator
+  // directly.
   torch::jit::Node* create(const std::vector<Value*>& inputs) {
     const c10::FunctionSchema& schema = call_.op.schema();
     torch::jit::Node* n = graph_->create(
@@ -184,12 +182,6 @@ class Lowering {
       const torch::jit::Operator* found = n->maybeOperator();
       return found != nullptr && found->schema().operator_name() == schema.operator_name();
     };
-    if (resolved()) {
-      return n;
-    }
-    for (auto [value, i] : constants_) {
-      value->setType(schema.arguments()[i].type());
-    }
     if (resolved()) {
       return n;
     }
@@ -206,7 +198,6 @@ class Lowering {
   const GenericNode& node_;
   const std::shared_ptr<Graph>& graph_;
   torch::lazy::TSLoweringContext& context_;
-  std::vector<std::pair<Value*, size_t>> constants_;
   size_t next_operand_ = 0;
 };
 
@@ -277,6 +268,15 @@ Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num
   for (const ValueRef& r : roots) {
     result.graph->registerOutput(context.GetOutputOp(
         torch::lazy::Output(&recorder.node(r.node), static_cast<size_t>(r.index))));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (live[i] != 0 && recorder.node(i).random()) {
+      // The executor drops what nobody uses: an output keeps it.
+      Value* v = context.GetOutputOp(torch::lazy::Output(&recorder.node(i), 0));
+      if (!v->hasUses()) {
+        result.graph->registerOutput(v);
+      }
+    }
   }
   return result;
 }

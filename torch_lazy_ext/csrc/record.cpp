@@ -240,7 +240,7 @@ bool Recorder::is_liftable(const at::Tensor& t) const {
       t.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks)) {
     return false;
   }
-  return t.layout() == at::kStrided && !t.is_quantized();
+  return t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested();
 }
 
 at::Tensor Recorder::make_tensor(ValueRef value, bool wrap_functional) {
@@ -447,6 +447,20 @@ void Recorder::add_value_guard(ValueRef value, const at::Tensor& expected) {
   guards.push_back({Guard::Kind::Value, value, expected.clone(), {}, source});
 }
 
+void Recorder::release() {
+  for (LiftedInput& input : inputs) {
+    input.tensor.reset();
+    input.twin.reset();
+  }
+  for (auto& n : nodes) {
+    n->values.clear();
+  }
+  input_by_impl.clear();
+  input_by_twin.clear();
+  rebound.clear();
+  made.clear();
+}
+
 std::vector<at::Tensor> Recorder::alive() {
   std::vector<at::Tensor> out;
   std::unordered_set<c10::TensorImpl*> seen;
@@ -484,8 +498,8 @@ ValueRef Recorder::value_of(const at::Tensor& t, const c10::OperatorHandle& op) 
           op.schema().operator_name(),
           " gets a tensor of layout ",
           t.layout(),
-          " and type ",
-          t.toString(),
+          " and dtype ",
+          t.scalar_type(),
           ", which a graph cannot hold (at ",
           describe(current_source()),
           "): convert it to a dense tensor before the capture"));
@@ -617,13 +631,13 @@ Outputs outputs_of(
   auto add = [&](const at::Tensor& t) {
     TensorMeta m;
     if (t.defined()) {
-      if (t.layout() != at::kStrided || t.is_quantized()) {
+      if (t.layout() != at::kStrided || c10::isQIntType(t.scalar_type()) || t.is_nested()) {
         throw Unsupported(c10::str(
             call.op.schema().operator_name(),
             " makes a tensor of layout ",
             t.layout(),
-            " and type ",
-            t.toString(),
+            " and dtype ",
+            t.scalar_type(),
             ", which a graph cannot hold (at ",
             where,
             "): keep this part outside of the captured program"));
@@ -731,8 +745,14 @@ Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
       results.emplace_back(t);
     }
   } else {
-    StandaloneGuard alone;
-    results = run(call);
+    try {
+      StandaloneGuard alone;
+      results = run(call);
+    } catch (...) {
+      // The program may catch the error, and go on because of it.
+      call.for_each_value([&](const ValueRef& v) { add_value_guard(v, materialize(v)); });
+      throw;
+    }
   }
   return outputs_of(call, std::move(results), device, describe(call.source));
 }
@@ -749,24 +769,24 @@ void Recorder::learn(const OperatorCall& call, c10::Device device, const Outputs
 
 namespace {
 
-enum class Agreement { Full, Strides, Sizes, None };
+enum class Agreement { Full, Strides, Sizes };
 
 // Strides: these differ, or the dtypes; those of dimensions of size 1 and of empty
-// tensors decide nothing. Sizes: some of these differ.
+// tensors decide nothing. Sizes: some of these differ, or what there is at all.
 Agreement compare(const std::vector<TensorMeta>& real, const std::vector<TensorMeta>& inferred) {
   if (real.size() != inferred.size()) {
-    return Agreement::None;
+    return Agreement::Sizes;
   }
   bool same = true;
   bool sizes_agree = true;
   for (size_t k = 0; k < real.size(); ++k) {
     const TensorMeta& a = real[k];
     const TensorMeta& b = inferred[k];
-    if (a.defined != b.defined) {
-      return Agreement::None;
-    }
-    if (a.sizes != b.sizes) {
+    if (a.defined != b.defined || a.sizes != b.sizes) {
       sizes_agree = false;
+      continue;
+    }
+    if (!a.defined) {
       continue;
     }
     same = same && a.dtype == b.dtype && a.conj == b.conj && a.neg == b.neg;
@@ -852,6 +872,20 @@ Checked Recorder::run_checked(
 
 void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   const size_t count = op.schema().arguments().size();
+  if (op.schema().name() == "aten::allclose") {
+    auto at = [&](size_t i) -> const IValue& { return (*stack)[stack->size() - count + i]; };
+    const bool close = at::isclose(
+                           at(0).toTensor(),
+                           at(1).toTensor(),
+                           at(2).toDouble(),
+                           at(3).toDouble(),
+                           at(4).toBool())
+                           .all()
+                           .item<bool>();
+    torch::jit::drop(*stack, count);
+    stack->emplace_back(close);
+    return;
+  }
   if (op.schema().name() == "aten::equal") {
     // The answer is guarded, not the operands: it is a node of the graph.
     const at::Tensor self = (*stack)[stack->size() - 2].toTensor();
@@ -888,6 +922,14 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
     return;
   }
 
+  if (call.operands.empty() && out.metas.size() == 1 && out.metas[0].defined) {
+    // A factory without a dtype takes the default dtype of this moment.
+    for (size_t i = 0; i < count; ++i) {
+      if (op.schema().arguments()[i].name() == "dtype" && call.arguments[i].constant.isNone()) {
+        call.arguments[i].constant = IValue(static_cast<int64_t>(out.metas[0].dtype));
+      }
+    }
+  }
   const bool guarded = observed && call.depends_on_input;
   const SourceLocation source = call.source;
   const std::vector<size_t> mutated = call.mutated;

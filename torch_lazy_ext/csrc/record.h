@@ -83,6 +83,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   };
 
   at::Tensor lift(const at::Tensor& tensor, bool constant);
+  // Lets go of every tensor: twins hold the recorder, and it holds them.
+  void release();
   // Tensors the program was given by operators and still holds.
   std::vector<at::Tensor> alive();
   at::Tensor twin_of(const at::Tensor& tensor); // lifts when necessary
