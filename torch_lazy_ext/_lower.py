@@ -38,11 +38,18 @@ class FromLifted:
 
 @dataclasses.dataclass(eq=False)
 class FromRoot:
-    """An output of the graph; `alias`: not the object that the graph gives, for that is another."""
+    """An output of the graph.
+
+    Attributes:
+        alias: not the object that the graph gives, for that is another result.
+        requires_grad: a leaf that the program made so.
+        parameter: it is an `nn.Parameter`.
+    """
 
     root: int
-    requires_grad: bool = False
     alias: bool = False
+    requires_grad: bool = False
+    parameter: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -246,10 +253,10 @@ def _write(
         offset = twin.storage_offset() - tensor.storage_offset()
         meta = (list(twin.shape), list(twin.stride()), offset)
     if about.mutated and torch._debug_has_internal_overlap(tensor) == 1:
-        raise UnsupportedError(
+        # In eager's words, since eager refuses it too.
+        raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
-            "single memory location. The program writes to an expanded tensor that it was given: "
-            "clone() it before"
+            "single memory location. Please clone() the tensor before performing the operation."
         )
     if about.mutated and base in (-1, index):
         return [Write(index, roots.add(about.value), about.version, meta)]
@@ -400,4 +407,9 @@ class _Sources:
         # `y.data` is another tensor object over the same value.
         alias = root in self._objects or recorder.is_input(about.value)
         self._objects.add(root)
-        return FromRoot(root, about.requires_grad, alias)
+        return FromRoot(
+            root,
+            alias,
+            requires_grad=leaf.requires_grad and leaf.is_leaf and not leaf._is_view(),
+            parameter=isinstance(leaf, torch.nn.Parameter),
+        )

@@ -349,8 +349,8 @@ def record(
             )
         if not recorder.is_liftable(leaf):
             raise UnsupportedError(
-                f"an argument is a tensor of layout {leaf.layout} and dtype {leaf.dtype}, which a "
-                "graph cannot hold: pass dense tensors and convert outside of the program"
+                f"an argument is {_C.unsupported_kind(leaf) or 'a tensor of another capture'}, "
+                "which a graph cannot hold: pass dense tensors and convert outside of the program"
             )
         return recorder.lift(leaf)
 
@@ -358,6 +358,7 @@ def record(
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     before = [_tree.parts(c) for c in recording.containers]
     capture = Capture(recorder)
+    gradients = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     try:
         with capture:
             recording.result = fn(*own_args, **own_kwargs)
@@ -366,6 +367,16 @@ def record(
         raise
     finally:
         recording.changes = state.take_back()
+        moved = [(t, grad) for t, grad in gradients if t.grad is not grad]
+        for tensor, grad in moved:
+            tensor.grad = grad
+    twins = [twin for _user, twin, constant, _base in recorder.lifted() if not constant]
+    if moved or any(t.is_leaf and t.grad is not None for t in twins):
+        recorder.release()
+        raise UnsupportedError(
+            "the program accumulates gradients (backward()) in tensors that existed before the "
+            "capture: use torch.autograd.grad and return the gradients"
+        )
     for i, (container, old) in enumerate(zip(recording.containers, before)):
         now = _tree.parts(container)
         assert now is not None and old is not None

@@ -391,7 +391,11 @@ class _Results:
     def _tensor(self, source: _lower.Source) -> Any:
         if isinstance(source, _lower.FromRoot):
             value = self.values[source.root]
-            return value.data if source.alias else value
+            if source.parameter:
+                return nn.Parameter(value, source.requires_grad)
+            if source.alias or source.requires_grad:
+                value = value.data
+            return value.requires_grad_() if source.requires_grad else value
         if isinstance(source, _lower.FromLifted):
             tensor = self.tensors[source.index]
             return tensor.data if source.alias else tensor

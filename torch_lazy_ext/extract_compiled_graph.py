@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch_lazy_ext import _C
 from torch_lazy_ext._replay import CompiledGraph
 
 
@@ -35,5 +36,7 @@ def extract_compiled_graph(
         ExtractionError: the program cannot be captured; the message names the operator and line.
     """
     graph = CompiledGraph(fn, limit=limit, on_guard_failure=on_guard_failure)
+    if _C.capturing():
+        return graph  # part of the program that is captured: its calls run inline
     graph._capture(tuple(example_args), dict(example_kwargs or {}))
     return graph

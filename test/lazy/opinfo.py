@@ -122,7 +122,7 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 
 
 def telling(captured: Sample, fresh: Sample) -> bool:
-    """Whether the two differ, so that a replay on `fresh` can tell a baked value from a read one."""
+    """Whether the two differ, so that a replay on `fresh` tells a baked value from a read one."""
     return any(
         isinstance(a, torch.Tensor)
         and (a.layout != torch.strided or not torch.equal(bits(a), bits(b)))
@@ -312,9 +312,8 @@ def check_sample(op: OpInfo, captured: Sample, fresh: Sample) -> int:
         eager_sample, replay_sample = copy_tensors(sample), copy_tensors(sample)
         eager, replay = call(program, eager_sample), call(graph, replay_sample)
         if repr(eager.error) != repr(replay.error):
-            raise AssertionError(
-                f"raised {replay.error!r}, expected {eager.error!r}"
-            ) from replay.error
+            message = f"raised {replay.error!r}, expected {eager.error!r}"
+            raise AssertionError(message) from replay.error
         if not torch.equal(eager.rng, replay.rng):
             raise AssertionError("the random number generator is in another state after the call")
         # Random numbers are the same ones, not similar ones.

@@ -11,6 +11,7 @@ missing one.
 import collections
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from oracle import Call, check, expected_failures, extract_untouched
+from oracle import Call, check, check_refused, expected_failures, extract_untouched
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -37,7 +38,14 @@ Program = Callable[..., Any]
 Way = Callable[[], tuple[Any, ...]]
 
 # What cannot pass yet: test -> reason. An entry that passes fails its test.
-EXPECTED_FAILURES: dict[str, str] = {}
+EXPECTED_FAILURES: dict[str, str] = {
+    "LimitTest.test_graphs_that_fail": "a graph that raises on this data counts neither as hit nor against the limit",
+    "NumpyMemoryTest.test_returned": "an array in the result cannot be written to",
+    "TextTest.test_repr_with_grad": "the text of a tensor that requires grad shows no grad_fn",
+    "UnguardedTest.test_probing": "an error that the meta kernel words otherwise guards the operands' values",
+    "ValueTest.test_numpy_by_reference": "a method of torch.Tensor held by reference from before the capture",
+    "ValueTest.test_tolist_by_reference": "a method of torch.Tensor held by reference from before the capture",
+}
 
 
 def expected(cls: type) -> type:
@@ -100,8 +108,8 @@ def check_rejected(program: Program, way: Raises, grad: bool) -> None:
     It raises the program's own exception where the program's Python does; where a kernel would
     have, it may leave that to the first call.
     """
-    torch.manual_seed(0)
-    with torch.set_grad_enabled(grad):
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad):
+        torch.manual_seed(0)
         graph, error = extract_untouched(new(program), Call(*way.args()))
         if graph is not None:
             try:
@@ -117,6 +125,7 @@ def maketest(
     *,
     same: Sequence[str] = (),
     counted: bool = True,
+    eager: Sequence[str] = (),
     exact: bool = True,
     grad: bool = False,
     between: Callable[[Any, int], object] | None = None,
@@ -128,6 +137,7 @@ def maketest(
         program: a function without state, or a module class.
         same: prefixes of names: the ways whose names start with one share a variant.
         counted: whether each way has exactly one variant; else their number is not known.
+        eager: ways that no graph can go, and that may run eagerly.
         exact: whether results must agree bit for bit.
         grad: the grad mode of all calls.
         between: called on the program before each call, see `oracle.check`.
@@ -162,6 +172,11 @@ def maketest(
         )
         if counted and len(graph.specializations) != len(met):
             raise AssertionError(f"{len(graph.specializations)} variants, expected {len(met)}")
+        served = sum(not isinstance(ways[name], Raises) and name not in eager for name in order)
+        hits = sum(s.hits for s in graph.specializations)
+        if hits < served:
+            # Right results from running the program eagerly are not what is tested here.
+            raise AssertionError(f"{served} calls returned, and the graphs served {hits} of them")
 
     return test
 
@@ -574,17 +589,26 @@ class ValueTest(unittest.TestCase):
         reading(lambda x: (math.sqrt(x), math.floor(x))), **holding(4.0, 2.5, 0.25)
     )
     test_round = maketest(reading(lambda x: round(x.item(), 1)), **holding(1.25, 2.5, 0.26))
-    test_tolist = maketest(reading(Tensor.tolist), **holding(*VECTORS))
+    test_tolist = maketest(reading(lambda x: x.tolist()), **holding(*VECTORS))
     test_tolist_nested = maketest(
-        reading(Tensor.tolist), **holding([[1, 2], [3, 4]], [[1, 2], [3, 5]], [[0, 0], [0, 0]])
+        reading(lambda x: x.tolist()),
+        **holding([[1, 2], [3, 4]], [[1, 2], [3, 5]], [[0, 0], [0, 0]]),
     )
-    test_tolist_scalar = maketest(reading(Tensor.tolist), **holding(*INTS))
+    test_tolist_scalar = maketest(reading(lambda x: x.tolist()), **holding(*INTS))
     test_tolist_special = maketest(
         reading(lambda x: repr(x.tolist())),
         **holding(*([v, math.nan] for v in SPECIAL)),
     )
     test_tolist_of_nothing = maketest(
-        reading(Tensor.tolist), empty=lambda: (torch.zeros(0), torch.rand(2)), **holding(*VECTORS)
+        reading(lambda x: x.tolist()),
+        empty=lambda: (torch.zeros(0), torch.rand(2)),
+        **holding(*VECTORS),
+    )
+    # As programs hold them that were imported before anything was captured.
+    test_tolist_by_reference = maketest(reading(Tensor.tolist), **holding(*VECTORS))
+    test_numpy_by_reference = maketest(
+        reading(functools.partial(lambda numpy, x: numpy(x * 2).tolist(), Tensor.numpy)),
+        **holding(*VECTORS),
     )
     test_numpy = maketest(reading(lambda x: x.numpy().sum().item()), **holding(*VECTORS))
     test_numpy_options = maketest(
@@ -1201,7 +1225,11 @@ class RaisingTest(unittest.TestCase):
         indefinite=lambda: (torch.rand(()) * torch.ones(3, 3) - torch.eye(3),),
     )
     test_caught_kernel = maketest(
-        try_out_of_range, counted=False, inside=indices(0, 3), outside=indices(1, 4)
+        try_out_of_range,
+        counted=False,
+        eager=("outside",),
+        inside=indices(0, 3),
+        outside=indices(1, 4),
     )
     test_caught_conversion = maketest(
         try_number,
@@ -2000,6 +2028,8 @@ def drafts(*tokens: int) -> Way:
 
 @expected
 class EarlyExitTest(unittest.TestCase):
+    """Layers that are run only while the data asks for more."""
+
     test_whole_batch = maketest(
         EarlyExit,
         first=confident_after(1, 1),
@@ -2176,7 +2206,9 @@ class AttentionMaskTest(unittest.TestCase):
         Unpadded, exact=False, full=padded(4, 4), short=padded(4, 2), swapped=padded(2, 4)
     )
     test_encoder = maketest(Encoder, exact=False, same=("full", "padded"), **PADDED)
-    test_nested_encoder = maketest(NestedEncoder, exact=False, counted=False, **PADDED)
+    test_nested_encoder_unpadded = maketest(
+        NestedEncoder, exact=False, same=("two", "three"), two=padded(4, 4), three=padded(4, 4, 4)
+    )
     test_causal = maketest(
         causal_hint,
         exact=False,
@@ -2185,6 +2217,10 @@ class AttentionMaskTest(unittest.TestCase):
         other=lambda: (torch.ones(4, 4).bool(), torch.randn(1, 2, 4, 4)),
         other_again=lambda: (torch.eye(4).bool(), torch.randn(1, 2, 4, 4)),
     )
+
+    def test_nested_encoder_padded(self) -> None:
+        """A nested tensor is nothing that a graph can hold: said so, not run eagerly for ever."""
+        check_refused(lambda: new(NestedEncoder), padded(4, 2), ExtractionError, "[Nn]ested")
 
 
 # ------------------------------------------------- with mutation, randomness, live state
@@ -2255,6 +2291,23 @@ def keep_by_coin(x: Tensor) -> Tensor:
     return F.dropout(x[keep], 0.5)
 
 
+def unused_random(x: Tensor) -> Tensor:
+    torch.rand(3)
+    y = F.dropout(x, 0.5)
+    y = x + torch.rand(4)
+    torch.randn(2)
+    return y
+
+
+def unused_random_branch(x: Tensor) -> tuple[Tensor, Tensor]:
+    noise = torch.rand(4)
+    if x.sum() > 0:
+        x = x + noise
+    if torch.rand(()) > 0.5:
+        noise = torch.randn(2)
+    return x, torch.rand(2)
+
+
 def shuffled(x: Tensor) -> tuple[Tensor, list[int]]:
     order = torch.randperm(3).tolist()
     return x[order], order
@@ -2277,6 +2330,52 @@ class Stochastic(nn.Module):
         return x if x.sum() > 0 else F.dropout(x, 0.2)
 
 
+class OwnGenerator(nn.Module):
+    """Draws from a generator of its own, and from everyone's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.rand((), generator=self.generator) > 0.5:
+            x = x + torch.rand(4, generator=self.generator)
+        return x - torch.rand(4)
+
+
+class Remembers(nn.Module):
+    """Keeps a Python number made from its data, and a list of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = 0
+        self.history: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x - self.last
+        self.last = int(x.max())
+        self.history.append(self.last)
+        del self.history[:-2]
+        return y
+
+
+class ReboundMean(nn.Module):
+    """A running mean that is bound anew on each call, and forgotten when it is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.mean = self.mean + (x - self.mean) / self.count.item()
+        if self.mean.abs().sum() > 5:
+            self.mean = torch.zeros(4)
+            self.count.zero_()
+        return self.mean * 1
+
+
 @expected
 class MutationAndRandomnessTest(unittest.TestCase):
     """A wrong guess leaves no trace: updates happen once, random numbers are drawn once."""
@@ -2297,7 +2396,14 @@ class MutationAndRandomnessTest(unittest.TestCase):
     test_random_branch = maketest(random_branch, counted=False, a=filled(1), b=filled(2))
     test_random_size = maketest(random_size, counted=False, a=filled(1), b=filled(2))
     test_random_mask = maketest(keep_by_coin, counted=False, a=filled(1), b=filled(2))
+    test_unused_random = maketest(unused_random, same=("any",), any_1=filled(1), any_2=filled(2))
+    test_unused_random_branch = maketest(
+        unused_random_branch, counted=False, positive=filled(1), negative=filled(-1)
+    )
     test_random_order = maketest(shuffled, counted=False, a=filled(1), b=filled(2))
+    test_own_generator = maketest(OwnGenerator, counted=False, a=filled(1), b=filled(2))
+    test_remembered = maketest(Remembers, counted=False, a=filled(1), b=filled(2))
+    test_rebound = maketest(ReboundMean, counted=False, a=filled(1), b=filled(-2))
     test_stochastic_depth = maketest(
         Stochastic,
         exact=False,
@@ -2623,15 +2729,20 @@ class NumpyMemoryTest(unittest.TestCase):
         self.right_or_refused(write_through_numpy_of_result)
 
     def test_returned(self) -> None:
-        x = torch.ones(3)
-        graph = extract_compiled_graph(return_numpy, (x,))
+        """An array in the result is a new one on each call, over the memory of its tensor."""
+        try:
+            graph = extract_compiled_graph(return_numpy, (torch.ones(3),))
+        except ExtractionError as e:
+            self.assertRegex(str(e), "numpy")
+            return
         for value in (1.0, 2.0, 1.0, 2.0):
-            array, y = graph(x * value)
+            array, y = graph(torch.full((3,), value))
             self.assertIsInstance(array, np.ndarray)
+            np.testing.assert_array_equal(array, np.full((3,), 2 * value, np.float32))
+            y += 1
             np.testing.assert_array_equal(array, y.numpy())
-            # Whoever changes the result must not change what later calls return.
-            with contextlib.suppress(ValueError):
-                array += 100
+            array += 100
+            np.testing.assert_array_equal(array, y.numpy())
 
 
 # ----------------------------------------------------------------------- cost of a guess

@@ -95,65 +95,89 @@ class GraphTextTest(expecttest.TestCase):
         return first
 
     def test_sub(self):
-        self.assertExpectedInline(self.text(ModuleSub), """\
+        self.assertExpectedInline(
+            self.text(ModuleSub),
+            """\
 graph(%0 : float32[2, 3], %1 : float32[2, 3]):
   %2 : float32[2, 3] = aten::sub.Tensor(%0, %1)
   return (%2)
-""")
+""",
+        )
 
     def test_const_scale(self):
-        self.assertExpectedInline(self.text(ModuleConstScale), """\
+        self.assertExpectedInline(
+            self.text(ModuleConstScale),
+            """\
 graph(%0 : float32[2, 3]):
   %1 : float32[2, 3] = aten::mul.Tensor(%0, 2)
   return (%1)
-""")
+""",
+        )
 
     def test_addcmul(self):
-        self.assertExpectedInline(self.text(ModuleAddcmul), """\
+        self.assertExpectedInline(
+            self.text(ModuleAddcmul),
+            """\
 graph(%0 : float32[2, 3], %1 : float32[2, 3], %2 : float32[2, 3]):
   %3 : float32[2, 3] = aten::addcmul(%0, %1, %2, value=5)
   return (%3)
-""")
+""",
+        )
 
     def test_return_multi(self):
-        self.assertExpectedInline(self.text(ModuleReturnMulti), """\
+        self.assertExpectedInline(
+            self.text(ModuleReturnMulti),
+            """\
 graph(%0 : float32[2, 3], %1 : float32[2, 3]):
   %2 : float32[2, 3] = aten::add.Tensor(%1, 1)
   %3 : float32[2, 3] = aten::sub.Tensor(%0, 1)
   return (%2, %3)
-""")
+""",
+        )
 
     def test_eager_tensor(self):
-        self.assertExpectedInline(self.text(ModuleEagerTensor), """\
+        self.assertExpectedInline(
+            self.text(ModuleEagerTensor),
+            """\
 graph(%0 : float32[2, 3]):
-  %1 : float32[2, 3] = aten::randn([2, 3], device=cpu, pin_memory=False)
+  %1 : float32[2, 3] = aten::randn([2, 3], dtype=float32, device=cpu, pin_memory=False)
   %2 : float32[2, 3] = aten::add.Tensor(%0, %1)
   return (%2)
-""")
+""",
+        )
 
     def test_return_eager_tensor_on_default_device(self):
-        self.assertExpectedInline(self.text(ModuleReturnEagerTensorOnDefaultDevice), """\
+        self.assertExpectedInline(
+            self.text(ModuleReturnEagerTensorOnDefaultDevice),
+            """\
 graph():
   return ()
-""")
+""",
+        )
 
     def test_return_dup_tensor(self):
-        self.assertExpectedInline(self.text(ModuleReturnDupTensor), """\
+        self.assertExpectedInline(
+            self.text(ModuleReturnDupTensor),
+            """\
 graph(%0 : float32[2, 3], %1 : float32[2, 3]):
   %2 : float32[2, 3] = aten::add.Tensor(%0, %1)
   %3 : float32[2, 3] = aten::sub.Tensor(%0, %1)
   %4 : float32[2, 3] = aten::add.Tensor(%0, 1)
   return (%3, %2, %4)
-""")
+""",
+        )
 
     def test_inplace_update(self):
-        self.assertExpectedInline(self.text(ModuleInplaceUpdate), """\
+        self.assertExpectedInline(
+            self.text(ModuleInplaceUpdate),
+            """\
 graph(%0 : float32[2, 3], %1 : float32[2, 3]):
   %2 : float32[2, 3] = aten::sub.Tensor(%0, %1)
   %3 : float32[2, 3] = aten::sub.Tensor(%1, 1)
   %4 : float32[2, 3] = aten::add.Tensor(%1, 1)
   return (%3, %4, %2)
-""")
+""",
+        )
 
 
 if __name__ == "__main__":

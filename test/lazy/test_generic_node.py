@@ -16,8 +16,8 @@ from opinfo import ENTRIES, check_entry, supported_dtypes
 
 TEST_WITH_SLOW = os.getenv("PYTORCH_TEST_WITH_SLOW") == "1"
 
-# Entries that the capture refuses with an ExtractionError, with the reason. That is the only failure
-# that can be expected: a result that differs from eager fails the test of a listed entry, too.
+# Entries that the capture refuses with an ExtractionError, with the reason. No other failure can be
+# expected: a result that differs from eager fails the test of a listed entry, too.
 EXPECTED_FAILURES: dict[str, str] = {
     "sparse.mm.reduce": "takes a sparse tensor, which a graph cannot hold",
     "sparse.sampled_addmm": "takes a sparse tensor, which a graph cannot hold",
@@ -27,7 +27,6 @@ EXPECTED_FAILURES: dict[str, str] = {
 # Entries captured again for other values, with what depends on these. All others are captured once.
 DATA_DEPENDENT: dict[str, str] = {
     "__getitem__": "a mask as index decides about the shape",
-    "allclose": "returns a bool",
     "bincount": "the largest value decides about the shape",
     "equal": "returns a bool",
     "item": "returns a number",

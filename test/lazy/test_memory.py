@@ -25,7 +25,13 @@ def resident_mib(field: str = "VmRSS") -> float:
 
 def in_fresh_process(function: Callable[[], object]) -> object:
     """What `function()` returns in a process of its own, where no memory was freed before."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+    # One thread: those of OpenMP wait by spinning, which takes minutes on a machine that is busy.
+    with ProcessPoolExecutor(
+        max_workers=1,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as process:
         return process.submit(function).result()
 
 
@@ -50,7 +56,7 @@ class Stateful(nn.Module):
 
 
 def added_by_large_weights() -> float:
-    """MiB at the peak of an extraction and its first replay, of a module with 384 MiB of weights."""
+    """MiB at the peak of extraction and first replay of a module with 384 MiB of weights."""
     with torch.no_grad():
         # Whatever the first extraction of a process imports does not depend on the weights.
         extract_compiled_graph(mlp(64, 6), (torch.rand(1, 64),))(torch.rand(1, 64))

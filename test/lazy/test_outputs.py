@@ -308,6 +308,12 @@ class AliasTest(unittest.TestCase):
     test_result_twice_nested = makefunctiontest(
         lambda x: (lambda y: {"a": y, "b": [y, y * 2]})(x + 1), tensors((2, 3))
     )
+    test_view_of_argument_twice = makefunctiontest(
+        lambda x: (lambda v: (v, [v], x[0]))(x[0]), tensors((2, 3))
+    )
+    test_view_of_mutated_result_twice = makefunctiontest(
+        lambda x: (lambda y: (lambda v: (v.add_(1), v, y, v))(y[0]))(x + 1), tensors((2, 3))
+    )
     test_equal_results_are_two_tensors = makefunctiontest(lambda x: (x + 1, x + 1), tensors((2, 3)))
     test_equal_constants_are_two_tensors = makefunctiontest(
         lambda x: (torch.zeros(2), torch.zeros(2), torch.tensor([1, 2]), torch.tensor([1, 2])),

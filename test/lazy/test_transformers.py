@@ -25,7 +25,7 @@ import torch
 from model_zoo import MODELS, ModelCase, names, set_up_module
 from torch import nn
 
-from torch_lazy_ext import CompiledGraph, extract_compiled_graph
+from torch_lazy_ext import CompiledGraph, UnsupportedError, extract_compiled_graph
 
 setUpModule = set_up_module
 SLOW = os.environ.get("PYTORCH_TEST_WITH_SLOW") == "1"
@@ -46,6 +46,7 @@ VARIES: dict[str, tuple[str, int]] = {
     "JetMoE": (ROUTING, 1 + FRESH),
     "NLLB-MoE": (ROUTING, 1 + FRESH),
     "Switch Transformers": (ROUTING, 1 + FRESH),
+    "Reformer": ("how many tokens are padding", 1 + FRESH),
     "VITS": ("numbers it puts into a message", 1 + FRESH),
     "DBRX": (ROUTING, 1 + FRESH),
     "Qwen2-MoE": (ROUTING, 1 + FRESH),
@@ -53,6 +54,12 @@ VARIES: dict[str, tuple[str, int]] = {
     "SuperPoint": ("how many key points it finds", 1 + FRESH),
 }
 """Models that are several graphs: what decides which, and how many they may become."""
+
+REFUSED: dict[str, str] = {
+    "DETR": "keeps the result of .* in a place outside of its results",
+}
+"""Models that cannot be captured, and what the error says. DETR keeps the positions it computes
+from a pixel mask in a `functools.lru_cache`, under the mask as key."""
 
 
 # --- comparison --------------------------------------------------------------------------------
@@ -310,7 +317,12 @@ def _test(case: ModelCase) -> Callable[[unittest.TestCase], None]:
     def test(self: unittest.TestCase) -> None:
         row = Row(case.name)
         ROWS.append(row)
-        check(case, row)
+        if case.name in REFUSED:
+            with self.assertRaisesRegex(UnsupportedError, REFUSED[case.name]):
+                check(case, row)
+            row.note = "refused"
+        else:
+            check(case, row)
 
     return test if case.core else unittest.skipUnless(SLOW, "PYTORCH_TEST_WITH_SLOW=1")(test)
 
@@ -385,7 +397,7 @@ class SetsTest(unittest.TestCase):
         core, slow = names(core=True), names(core=False)
         self.assertEqual(len(core), 25)
         self.assertGreaterEqual(len(slow), 30)
-        self.assertLessEqual(set(VARIES), {*core, *slow})
+        self.assertLessEqual({*VARIES, *REFUSED}, {*core, *slow})
 
 
 class AttentionMaskTest(TransformersTestCase):

@@ -92,7 +92,7 @@ class Bert(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program: `make()` builds it with the same weights each time, `inputs()` draws arguments."""
+    """One program: `make()` gives it the same weights each time, `inputs()` draws arguments."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]

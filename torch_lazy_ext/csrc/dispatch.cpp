@@ -3,7 +3,12 @@
 
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <ATen/core/Reduction.h>
 #include <torch/library.h>
+
+#include <limits>
 
 namespace tle {
 
@@ -111,12 +116,10 @@ struct DataReader {
 const std::vector<size_t>* data_arguments(const c10::OperatorHandle& op) {
   static const std::vector<DataReader> readers = {
       {"aten::tensor_split", "tensor_indices_or_sections", {1}},
-      {"aten::ctc_loss", "Tensor", {2, 3}},
       {"aten::lstm", "data", {1}},
       {"aten::gru", "data", {1}},
       {"aten::rnn_tanh", "data", {1}},
       {"aten::rnn_relu", "data", {1}},
-      {"aten::_pad_packed_sequence", "", {1}},
   };
   for (const DataReader& r : readers) {
     if (op.schema().name() == r.name && op.schema().overload_name() == r.overload) {
@@ -142,7 +145,7 @@ at::Tensor value_of_this_run(Recorder& recorder, const at::Tensor& t) {
 
 // Operators that cannot be recorded as they are: the same computation through others.
 // Returns whether it has put the results on the stack.
-bool replace(const c10::OperatorHandle& op, Stack* stack) {
+bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   const std::string& name = op.schema().name();
   const size_t begin = stack->size() - op.schema().arguments().size();
   auto at = [&](size_t i) -> const IValue& { return (*stack)[begin + i]; };
@@ -156,6 +159,50 @@ bool replace(const c10::OperatorHandle& op, Stack* stack) {
     auto list = [&](size_t i) { return at(i).toIntVector(); };
     return answer(std::get<0>(at::max_pool1d_with_indices(
         at(0).toTensor(), list(1), list(2), list(3), list(4), at(5).toBool())));
+  }
+  if (name == "aten::is_nonzero" && at(0).toTensor().numel() == 1) {
+    // What a branch looks at is the answer, not the number.
+    return answer(at::ne(at(0).toTensor(), 0).item().toBool());
+  }
+  if (name == "aten::ctc_loss") {
+    // Its composite code reads the lengths, and writes them to a tensor of its own.
+    auto lengths = [&](size_t i) -> std::vector<int64_t> {
+      if (!at(i).isTensor()) {
+        return at(i).toIntVector();
+      }
+      StandaloneGuard alone;
+      const at::Tensor t =
+          value_of_this_run(recorder, at(i).toTensor()).to(at::kCPU, at::kLong).contiguous();
+      return {t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + t.numel()};
+    };
+    const std::vector<int64_t> inputs = lengths(2), targets = lengths(3);
+    const bool zero_infinity = at(6).toBool();
+    at::Tensor loss = std::get<0>(at::_ctc_loss(
+        at(0).toTensor(), at(1).toTensor(), inputs, targets, at(4).toInt(), zero_infinity));
+    if (zero_infinity) {
+      const auto infinite = at::eq(loss, std::numeric_limits<double>::infinity());
+      loss = at::where(infinite, at::zeros({}, loss.options()), loss);
+    }
+    if (at(5).toInt() == at::Reduction::Mean) {
+      at::Tensor divisor;
+      {
+        StandaloneGuard alone;
+        divisor = at::tensor(targets, loss.options()).clamp_min(1);
+      }
+      loss = at::div(loss, recorder.lift(divisor, /*constant=*/true)).mean();
+    } else if (at(5).toInt() == at::Reduction::Sum) {
+      loss = loss.sum();
+    }
+    return answer(loss);
+  }
+  if (name == "aten::_pad_packed_sequence") {
+    // Its composite code fills a tensor through its data pointer: one node.
+    const bool differentiable = at::GradMode::is_enabled() && at(0).toTensor().requires_grad();
+    if (differentiable) {
+      return false;
+    }
+    recorder.record(op, stack);
+    return true;
   }
   if (name == "aten::batch_norm" || name == "aten::native_batch_norm") {
     // It updates the running statistics, and its schema does not say so. The kernel
@@ -200,7 +247,12 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
   if (!schema.is_mutable() || op.hasTag(at::Tag::inplace_view)) {
     return out;
   }
+  // These write to overlapping memory, as documented; all others refuse.
+  const bool may_overlap = schema.name().find("index_put") != std::string::npos;
   auto add = [&](const at::Tensor& t) {
+    if (t.defined() && !may_overlap) {
+      at::assert_no_internal_overlap(t.unsafeGetTensorImpl());
+    }
     if (t.defined() && fi::isFunctionalTensor(t) && !t.is_inference()) {
       fi::sync(t);
       out.push_back({t, fi::from_functional_tensor(t), static_cast<uint32_t>(t._version())});
@@ -265,6 +317,32 @@ void check_in_place(const c10::OperatorHandle& op, const Stack& stack, size_t be
   }
 }
 
+void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
+  if (c10::impl::TorchDispatchModeTLS::stack_len() > recorder.dispatch_modes) {
+    throw Unsupported(c10::str(
+        op.schema().operator_name(),
+        " is called under a TorchDispatchMode of the program (at ",
+        recorder.describe(recorder.current_source()),
+        "), which would see it now and not in a replay: capture outside of the mode, and keep "
+        "tracers (make_fx, torch.func.linearize) out of the program"));
+  }
+  const c10::FunctionSchema& schema = op.schema();
+  const bool returns_alias = std::any_of(
+      schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
+        return r.alias_info() != nullptr && !r.alias_info()->isWrite();
+      });
+  if (returns_alias && schema.name().compare(0, 6, "aten::") != 0 &&
+      !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
+      !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd)) {
+    throw Unsupported(c10::str(
+        schema.operator_name(),
+        " returns a view of its argument (at ",
+        recorder.describe(recorder.current_source()),
+        "), and a custom operator's views cannot be functionalized: return a copy, or make the "
+        "view with PyTorch's own operators"));
+  }
+}
+
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
 
@@ -280,6 +358,7 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
     return;
   }
   const std::string& name = op.schema().name();
+  check_expressible(*recorder, op);
   if (name == "aten::lift_fresh" || name == "aten::lift") {
     // A tensor the program has just made from Python data.
     const at::Tensor t = (*stack)[begin].toTensor();
@@ -292,13 +371,12 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   // (twin, what the program passed), for operators that return an argument.
   std::vector<std::pair<c10::TensorImpl*, at::Tensor>> passed;
   map_tensors(stack, begin, stack->size(), [&](const at::Tensor& t) {
-    if (t.layout() != at::kStrided || t.is_quantized() || t.is_nested()) {
+    const std::string kind = unsupported_kind(t);
+    if (!kind.empty()) {
       throw Unsupported(c10::str(
           op.schema().operator_name(),
-          " gets a tensor of layout ",
-          t.layout(),
-          " and dtype ",
-          t.scalar_type(),
+          " gets ",
+          kind,
           ", which a graph cannot hold (at ",
           recorder->describe(recorder->current_source()),
           "): convert it to a dense tensor outside of the captured program"));
@@ -316,7 +394,7 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
       });
     }
   }
-  if (replace(op, stack)) {
+  if (replace(*recorder, op, stack)) {
     return;
   }
   std::vector<Written> written = written_to(op, *stack, begin);
@@ -341,6 +419,10 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   for_each_tensor(*stack, stack->size() - begin, [&](const at::Tensor& t) {
     if (t.defined()) {
       recorder->made.emplace_back(t.getIntrusivePtr());
+      if (fi::isFunctionalTensor(t)) {
+        // Whoever reads the memory of a tensor without any must hear of it.
+        t.storage().unsafeGetStorageImpl()->set_throw_on_mutable_data_ptr();
+      }
     }
   });
   if (!passed.empty() && op.schema().is_mutable()) {

@@ -263,6 +263,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "Call `fn` as if there were no capture, no autograd and no mode of any kind.");
   m.def("whole_storage", &whole_storage);
+  m.def("unsupported_kind", &unsupported_kind);
   m.def(
       "same_bits",
       [](const at::Tensor& a, const at::Tensor& b) {

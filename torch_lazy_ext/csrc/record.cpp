@@ -5,6 +5,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/lazy/core/config.h>
 
@@ -50,6 +51,11 @@ at::Tensor without_wrapper(const at::Tensor& t) {
 // clone() would make a strided tensor dense.
 at::Tensor strided_copy(const at::Tensor& t) {
   return at::empty_strided(t.sizes(), t.strides(), t.options()).copy_(t);
+}
+
+std::string message_of(const std::exception& e) {
+  const auto* error = dynamic_cast<const c10::Error*>(&e);
+  return error == nullptr ? e.what() : error->what_without_backtrace();
 }
 
 at::Generator generator_of(const OperatorCall& call) {
@@ -144,6 +150,7 @@ void Recorder::enter() {
   TORCH_CHECK(current_recorder == nullptr, "a capture is already running on this thread");
   entered_ = true;
   current_recorder = this;
+  dispatch_modes = c10::impl::TorchDispatchModeTLS::stack_len();
   previous_reapply_ = fi::getFunctionalizationReapplyViewsTLS();
   fi::setFunctionalizationReapplyViewsTLS(true);
   set_included(true);
@@ -240,7 +247,7 @@ bool Recorder::is_liftable(const at::Tensor& t) const {
       t.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks)) {
     return false;
   }
-  return t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested();
+  return unsupported_kind(t).empty();
 }
 
 at::Tensor Recorder::make_tensor(ValueRef value, bool wrap_functional) {
@@ -279,6 +286,7 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
     n->values.push_back(tensor.detach());
     nodes.push_back(n);
     twin = make_tensor({n->id, 0}, /*wrap_functional=*/true);
+    twin.storage().unsafeGetStorageImpl()->set_throw_on_mutable_data_ptr();
     if (tensor.requires_grad()) {
       twin.requires_grad_(true);
     }
@@ -496,10 +504,8 @@ ValueRef Recorder::value_of(const at::Tensor& t, const c10::OperatorHandle& op) 
     if (!is_liftable(t)) {
       throw Unsupported(c10::str(
           op.schema().operator_name(),
-          " gets a tensor of layout ",
-          t.layout(),
-          " and dtype ",
-          t.scalar_type(),
+          " gets ",
+          unsupported_kind(t).empty() ? "a tensor of another kind" : unsupported_kind(t),
           ", which a graph cannot hold (at ",
           describe(current_source()),
           "): convert it to a dense tensor before the capture"));
@@ -559,7 +565,18 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
   for (size_t i = 0; i < count; ++i) {
     const IValue& v = stack[begin + i];
     Argument& a = call.arguments[i];
-    if (v.isTensor() && v.toTensor().defined() &&
+    if (v.isTensor() && v.toTensor().defined() && is_wrapped_number(v.toTensor()) &&
+        v.toTensor().scalar_type() == at::kBool) {
+      // TorchScript makes a Scalar of a wrapped number, and takes no bool for one. Bool is
+      // the lowest of types, so a plain tensor promotes alike.
+      at::Tensor plain;
+      {
+        StandaloneGuard alone;
+        plain = at::scalar_tensor(v.toTensor().item(), v.toTensor().options());
+      }
+      a.kind = ArgKind::Tensor;
+      add(a, plain);
+    } else if (v.isTensor() && v.toTensor().defined() &&
         !(is_wrapped_number(v.toTensor()) && as_capture(v.toTensor()) == nullptr)) {
       a.kind = ArgKind::Tensor;
       add(a, v.toTensor());
@@ -631,13 +648,12 @@ Outputs outputs_of(
   auto add = [&](const at::Tensor& t) {
     TensorMeta m;
     if (t.defined()) {
-      if (t.layout() != at::kStrided || c10::isQIntType(t.scalar_type()) || t.is_nested()) {
+      const std::string kind = unsupported_kind(t);
+      if (!kind.empty()) {
         throw Unsupported(c10::str(
             call.op.schema().operator_name(),
-            " makes a tensor of layout ",
-            t.layout(),
-            " and dtype ",
-            t.scalar_type(),
+            " makes ",
+            kind,
             ", which a graph cannot hold (at ",
             where,
             "): keep this part outside of the captured program"));
@@ -680,6 +696,7 @@ bool is_check(const OperatorCall& call) {
 } // namespace
 
 std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device device) {
+  inference_error_.clear();
   if (call.op.hasTag(at::Tag::dynamic_output_shape) ||
       call.op.hasTag(at::Tag::data_dependent_output) || is_check(call)) {
     return std::nullopt;
@@ -708,9 +725,10 @@ std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device dev
     StandaloneGuard alone;
     call.op.callBoxed(&stack);
     results = std::move(stack);
-  } catch (const std::exception&) {
+  } catch (const std::exception& e) {
     // No meta kernel, or the program's own mistake: the real operator decides, and
     // an error of the program leaves as the operator's own exception.
+    inference_error_ = message_of(e);
     return std::nullopt;
   }
   results.insert(results.end(), written.begin(), written.end());
@@ -748,8 +766,12 @@ Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
     try {
       StandaloneGuard alone;
       results = run(call);
-    } catch (...) {
-      // The program may catch the error, and go on because of it.
+    } catch (const std::exception& e) {
+      // The program may catch the error, and go on because of it. What shape inference
+      // raises in the same words depends on no values.
+      if (inference_error_.find(message_of(e)) != std::string::npos) {
+        throw;
+      }
       call.for_each_value([&](const ValueRef& v) { add_value_guard(v, materialize(v)); });
       throw;
     }

@@ -83,6 +83,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   };
 
   at::Tensor lift(const at::Tensor& tensor, bool constant);
+  int64_t dispatch_modes = 0; // TorchDispatchModes that were active when the capture began
   // Lets go of every tensor: twins hold the recorder, and it holds them.
   void release();
   // Tensors the program was given by operators and still holds.
@@ -149,6 +150,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::string own_prefix_;
   // The program's view of each generator it drew from so far.
   std::unordered_map<c10::GeneratorImpl*, at::Tensor> rng_states_;
+  std::string inference_error_; // what the last meta kernel said, or nothing
   bool previous_reapply_ = false;
   bool entered_ = false;
   bool finished_ = false;

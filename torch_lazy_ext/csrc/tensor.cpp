@@ -105,6 +105,19 @@ CaptureTensorImpl* as_capture(const at::Tensor& t) {
   return dynamic_cast<CaptureTensorImpl*>(t.unsafeGetTensorImpl());
 }
 
+std::string unsupported_kind(const at::Tensor& t) {
+  if (t.is_nested()) {
+    return "a nested tensor";
+  }
+  if (c10::isQIntType(t.scalar_type())) {
+    return c10::str("a quantized tensor of dtype ", t.scalar_type());
+  }
+  if (t.layout() != at::kStrided) {
+    return c10::str("a tensor of layout ", t.layout());
+  }
+  return "";
+}
+
 bool is_wrapped_number(const at::Tensor& t) {
   return t.unsafeGetTensorImpl()->is_wrapped_number();
 }

@@ -5,6 +5,7 @@
 #include <c10/core/TensorImpl.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace tle {
@@ -56,6 +57,9 @@ struct CaptureTensorImpl : public c10::TensorImpl {
 
 // nullptr when the tensor is not a tensor of a capture.
 CaptureTensorImpl* as_capture(const at::Tensor& tensor);
+
+// What kind of tensor a graph cannot hold this is ("a sparse tensor ..."), or nothing.
+std::string unsupported_kind(const at::Tensor& tensor);
 
 // A number that an operator wrapped in a tensor to compute with it.
 bool is_wrapped_number(const at::Tensor& tensor);
