@@ -22,7 +22,7 @@ except ImportError as e:
 with warnings.catch_warnings():
     # Meta kernels in Python import it when they first run, and it changes the warnings' filters:
     # not in the middle of a capture.
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
 from torch_lazy_ext._errors import (
     ExtractionError,

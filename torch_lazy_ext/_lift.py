@@ -42,7 +42,7 @@ class Slot:
         name: the path to it from the program, for texts.
     """
 
-    __slots__ = ("owner", "key", "name")
+    __slots__ = ("key", "name", "owner")
 
     def __init__(self, owner: Any, key: Any, name: str) -> None:
         self.owner = owner
@@ -98,7 +98,7 @@ CONTENT = object()  # as a key: everything in a list
 class Change:
     """A slot that the program wrote, or a list it changed (`key` is `CONTENT`)."""
 
-    __slots__ = ("owner", "key", "value")
+    __slots__ = ("key", "owner", "value")
 
     def __init__(self, owner: Any, key: Any, value: Any) -> None:
         self.owner = owner
@@ -256,9 +256,7 @@ class State:
 
 def _restore_dict(container: dict[Any, Any], before: dict[Any, Any]) -> Iterator[Change]:
     now = dict(dict.items(container))
-    if len(now) == len(before) and all(
-        k in now and now[k] is v for k, v in before.items()
-    ):
+    if len(now) == len(before) and all(k in now and now[k] is v for k, v in before.items()):
         return
     for key, value in now.items():
         if key not in before or before[key] is not value:

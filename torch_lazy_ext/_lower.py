@@ -17,7 +17,7 @@ from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._record import Recording
 
 
-class SharedStorage(Exception):  # noqa: N818 - a request, not an error
+class SharedStorage(Exception):
     """The program writes to memory that it reads through several tensors: lift them as views."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
@@ -108,7 +108,15 @@ class Built:
 
 
 Source = (
-    FromLifted | FromRoot | FromView | FromStrided | FromConstant | Constant | Copied | FromArgument | Built
+    FromLifted
+    | FromRoot
+    | FromView
+    | FromStrided
+    | FromConstant
+    | Constant
+    | Copied
+    | FromArgument
+    | Built
 )
 
 
@@ -265,9 +273,7 @@ def _write(
     return []
 
 
-def _check_generators(
-    recorder: _C.Recorder, recording: Recording, state: _lift.State
-) -> None:
+def _check_generators(recorder: _C.Recorder, recording: Recording, state: _lift.State) -> None:
     """A generator that the program makes itself would go on where the last call left it."""
     values = recording.leaves + [value for _slot, value in state.values]
     known = [v for v in values if isinstance(v, torch.Generator)]

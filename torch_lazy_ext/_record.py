@@ -83,7 +83,9 @@ class Capture:
         if not isinstance(data, (list, tuple)):
             return data
         return [
-            self.read(torch._C.TensorBase.tolist, v) if isinstance(v, torch.Tensor) else self.numbers(v)
+            self.read(torch._C.TensorBase.tolist, v)
+            if isinstance(v, torch.Tensor)
+            else self.numbers(v)
             for v in data
         ]
 
@@ -206,8 +208,12 @@ _PROPERTIES: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any]]] = {
     "requires_grad": (None, Capture.requires_grad_),
 }
 # Their C++ code reads the tensors in nested lists.
-_FROM_DATA = [(torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"),
-              (torch.Tensor, "new_tensor")]
+_FROM_DATA = [
+    (torch, "tensor"),
+    (torch, "as_tensor"),
+    (torch, "asarray"),
+    (torch.Tensor, "new_tensor"),
+]
 _GENERATOR = {
     "manual_seed": Capture.seed,
     "seed": Capture.seed,
@@ -358,7 +364,9 @@ def record(
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     before = [_tree.parts(c) for c in recording.containers]
     capture = Capture(recorder)
-    gradients = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
+    gradients = [
+        (t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf
+    ]
     try:
         with capture:
             recording.result = fn(*own_args, **own_kwargs)

@@ -19,7 +19,7 @@ from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 GUARD_FAILURE = ("recapture", "eager", "error")
 
 
-class _Mismatch(Exception):  # noqa: N818 - control flow of this module
+class _Mismatch(Exception):
     """The data of a call took another way than the captured one.
 
     Attributes:
@@ -32,13 +32,22 @@ class _Mismatch(Exception):  # noqa: N818 - control flow of this module
         self.observed = observed
 
 
-class _Learned(Exception):  # noqa: N818 - control flow of this module
+class _Learned(Exception):
     """The first run corrected what is known about an operator's strides: capture again."""
 
 
 class _TensorGuard:
-    __slots__ = ("dtype", "shape", "stride", "requires_grad", "device", "conj", "neg", "kind",
-                 "offset")
+    __slots__ = (
+        "conj",
+        "device",
+        "dtype",
+        "kind",
+        "neg",
+        "offset",
+        "requires_grad",
+        "shape",
+        "stride",
+    )
 
     def __init__(self, t: torch.Tensor, with_offset: bool) -> None:
         self.dtype = t.dtype
@@ -89,7 +98,7 @@ class Guard:
         source: the line that looked, "file:line".
     """
 
-    __slots__ = ("expected", "source", "root", "is_value")
+    __slots__ = ("expected", "is_value", "root", "source")
 
     def __init__(self, guard: _lower.ValueGuard) -> None:
         expected = guard.expected
@@ -296,7 +305,9 @@ class Specialization:
             with self._first_run:
                 recorder = self._recorder
                 if recorder is not None:
-                    checked = recorder.run_checked(self._lowered.roots, self._lowered.parameters, inputs)
+                    checked = recorder.run_checked(
+                        self._lowered.roots, self._lowered.parameters, inputs
+                    )
                     if checked.learned:
                         raise _Learned
                     if not checked.complete:

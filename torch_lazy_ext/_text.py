@@ -8,11 +8,38 @@ from typing import Any
 import torch
 
 # c10::ScalarType's numbering, which operators carry as plain integers.
-_SCALAR_TYPES = (
-    "uint8 int8 int16 int32 int64 float16 float32 float64 complex32 complex64 complex128 bool "
-    "qint8 quint8 qint32 bfloat16 quint4x2 quint2x4 bits1x8 bits2x4 bits4x2 bits8 bits16 "
-    "float8_e5m2 float8_e4m3fn float8_e5m2fnuz float8_e4m3fnuz uint16 uint32 uint64"
-).split()
+_SCALAR_TYPES = [
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+    "complex32",
+    "complex64",
+    "complex128",
+    "bool",
+    "qint8",
+    "quint8",
+    "qint32",
+    "bfloat16",
+    "quint4x2",
+    "quint2x4",
+    "bits1x8",
+    "bits2x4",
+    "bits4x2",
+    "bits8",
+    "bits16",
+    "float8_e5m2",
+    "float8_e4m3fn",
+    "float8_e5m2fnuz",
+    "float8_e4m3fnuz",
+    "uint16",
+    "uint32",
+    "uint64",
+]
 _LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "mkldnn", "sparse_csc", "sparse_bsr")
 _MEMORY_FORMATS = (
     "contiguous_format",
@@ -73,7 +100,9 @@ class _Printer:
             return []  # shown with the operator that made the list
         text = f"{_operator_name(node)}({self.arguments(node)})"
         outputs = list(node.outputs())
-        unpacked = [u.user for v in outputs for u in v.uses() if u.user.kind() == "prim::ListUnpack"]
+        unpacked = [
+            u.user for v in outputs for u in v.uses() if u.user.kind() == "prim::ListUnpack"
+        ]
         if unpacked:
             outputs = [v for user in unpacked for v in user.outputs()]
         left = ", ".join(self.declare(v) for v in outputs)

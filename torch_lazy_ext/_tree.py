@@ -45,10 +45,14 @@ class Shape:
     Two containers with equal shapes and equal children are indistinguishable.
     """
 
-    __slots__ = ("cls", "length", "keys", "attributes", "extra", "_identity")
+    __slots__ = ("_identity", "attributes", "cls", "extra", "keys", "length")
 
     def __init__(
-        self, cls: type, length: int, keys: tuple[Any, ...] | None, attributes: tuple[str, ...],
+        self,
+        cls: type,
+        length: int,
+        keys: tuple[Any, ...] | None,
+        attributes: tuple[str, ...],
         extra: Any = None,
     ) -> None:
         self.cls = cls
@@ -199,7 +203,7 @@ class Flat:
         containers: each container once, in order of discovery.
     """
 
-    __slots__ = ("leaves", "spec", "containers")
+    __slots__ = ("containers", "leaves", "spec")
 
     def __init__(self, leaves: list[Any], spec: Any, containers: list[Any]) -> None:
         self.leaves = leaves
@@ -266,7 +270,7 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, float):
-        return a == b and str(a) == str(b) or (a != a and b != b)
+        return (a == b and str(a) == str(b)) or (a != a and b != b)
     if type(a).__module__ == "numpy":
         if not hasattr(a, "dtype"):
             return False

@@ -6,7 +6,7 @@ import unittest
 from typing import Any
 
 import torch
-from oracle import Call, makefunctiontest, maketest, random_tensor, tensors, expected_failures
+from oracle import Call, expected_failures, makefunctiontest, maketest, random_tensor, tensors
 from torch import Tensor, nn
 
 
@@ -193,11 +193,6 @@ def _write_two_views(view):
     return program
 
 
-@expected_failures(
-    {
-        "test_write_expand_as_itself": "eager refuses operands that overlap in part; functionalization computes with the values before",
-    }
-)
 class ThroughViewTest(unittest.TestCase):
     """Writing through views of an argument."""
 
@@ -228,11 +223,6 @@ OUT = {
 }
 
 
-@expected_failures(
-    {
-        "test_out_of_wrong_dtype": "refused by eager in other words, or computed where eager refuses to cast",
-    }
-)
 class OutTest(unittest.TestCase):
     """`out=` that is an argument, a view of one, or a tensor of the program's own."""
 
@@ -254,11 +244,6 @@ for _name, _program in OUT.items():
     setattr(OutTest, f"test_{_name}", writing(_program, exact=False))
 
 
-@expected_failures(
-    {
-        "test_integer_by_float_is_refused": "refused by eager in other words, or computed where eager refuses to cast",
-    }
-)
 class MutatedKindsTest(unittest.TestCase):
     """Arguments of other dtypes and layouts as targets."""
 
@@ -390,18 +375,6 @@ METADATA = {
 }
 
 
-@expected_failures(
-    {
-        "test_data_of_other_shape": "a `.data` assignment that changes the shape is refused",
-        "test_grad": "reading or writing `.grad` of a tensor that existed before is refused",
-        "test_grad_is_argument": "reading or writing `.grad` of a tensor that existed before is refused",
-        "test_requires_grad_": "changing requires_grad of a tensor that existed before is refused",
-        "test_set_source_view": "after Tensor.set_ the version counters and the size of the storage are not eager's",
-        "test_set_then_write": "writing to a tensor after Tensor.set_ is refused",
-        "test_set_to_empty": "after Tensor.set_ the version counters and the size of the storage are not eager's",
-        "test_untyped_storage_resized": "the storage of a tensor cannot be reached while it is captured",
-    }
-)
 class MetadataTest(unittest.TestCase):
     """Writing to shapes, strides and storages of arguments."""
 
@@ -477,6 +450,36 @@ class ModuleMutationTest(unittest.TestCase):
         lambda: (randn(2, 4), random_tensor((2, 2))),
         exact=False,
     )
+
+
+# What is not as eager yet, with the reason; a test of these that passes fails the run.
+expected_failures(
+    {
+        "test_write_expand_as_itself": "eager refuses operands that overlap in part; functionalization computes with the values before",
+    }
+)(ThroughViewTest)
+expected_failures(
+    {
+        "test_out_of_wrong_dtype": "refused by eager in other words, or computed where eager refuses to cast",
+    }
+)(OutTest)
+expected_failures(
+    {
+        "test_integer_by_float_is_refused": "refused by eager in other words, or computed where eager refuses to cast",
+    }
+)(MutatedKindsTest)
+expected_failures(
+    {
+        "test_data_of_other_shape": "a `.data` assignment that changes the shape is refused",
+        "test_grad": "reading or writing `.grad` of a tensor that existed before is refused",
+        "test_grad_is_argument": "reading or writing `.grad` of a tensor that existed before is refused",
+        "test_requires_grad_": "changing requires_grad of a tensor that existed before is refused",
+        "test_set_source_view": "after Tensor.set_ the version counters and the size of the storage are not eager's",
+        "test_set_then_write": "writing to a tensor after Tensor.set_ is refused",
+        "test_set_to_empty": "after Tensor.set_ the version counters and the size of the storage are not eager's",
+        "test_untyped_storage_resized": "the storage of a tensor cannot be reached while it is captured",
+    }
+)(MetadataTest)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import torch.utils.checkpoint
 from oracle import (
     check,
     check_refused,
+    expected_failures,
     makefunctiontest,
     maketest,
     random_tensor,
     tensors,
-    expected_failures,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,21 +125,6 @@ def _defined(name: str) -> Any:
     return getattr(torch.ops.torch_lazy_ext_test_def, name)
 
 
-@expected_failures(
-    {
-        "test_library_in_place": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_library_view": "views of custom operators are refused",
-        "test_mutating_argument": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_argument_without_result": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_buffer": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_list": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_optional": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_strided": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_twice_the_same": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_view": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_with_result": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-    }
-)
 class CustomOperatorTest(unittest.TestCase):
     """Functional ones and mutating ones, with and without a fake kernel."""
 
@@ -713,16 +698,6 @@ def _scripted(x: Tensor) -> Tensor:
     return x.sin() * 2 + x.sum()
 
 
-@expected_failures(
-    {
-        "test_cond": "dynamo cannot trace inside a capture",
-        "test_functionalize": "functionalization inside of functionalization is an internal assertion of PyTorch",
-        "test_inference_mode_around": "results made in inference mode are no inference tensors",
-        "test_inference_mode_inside": "results made in inference mode are no inference tensors",
-        "test_linearize": "tracing inside of the program is refused",
-        "test_traced_module": "captured once more although nothing changed: the first run is with other values",
-    }
-)
 class RegionTest(unittest.TestCase):
     """autocast, grad modes, custom autograd functions, function transforms."""
 
@@ -846,11 +821,6 @@ for _name, _program in FUNC.items():
 HERE = r"test_operators\.py:\d+"
 
 
-@expected_failures(
-    {
-        "test_quantized_inside": "a quantized tensor between two operators of the program is not refused",
-    }
-)
 class RefusedTest(unittest.TestCase):
     """What a graph cannot hold is an error that says so, with the line; a crash or a lie never."""
 
@@ -917,6 +887,39 @@ class RefusedTest(unittest.TestCase):
         )
         with self.assertRaisesRegex(ExtractionError, f"(?is)sparse.*{HERE}"):
             graph(torch.randn(2), True)
+
+
+# What is not as eager yet, with the reason; a test of these that passes fails the run.
+expected_failures(
+    {
+        "test_library_in_place": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_library_view": "views of custom operators are refused",
+        "test_mutating_argument": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_argument_without_result": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_buffer": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_list": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_optional": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_strided": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_twice_the_same": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_view": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+        "test_mutating_with_result": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
+    }
+)(CustomOperatorTest)
+expected_failures(
+    {
+        "test_cond": "dynamo cannot trace inside a capture",
+        "test_functionalize": "functionalization inside of functionalization is an internal assertion of PyTorch",
+        "test_inference_mode_around": "results made in inference mode are no inference tensors",
+        "test_inference_mode_inside": "results made in inference mode are no inference tensors",
+        "test_linearize": "tracing inside of the program is refused",
+        "test_traced_module": "captured once more although nothing changed: the first run is with other values",
+    }
+)(RegionTest)
+expected_failures(
+    {
+        "test_quantized_inside": "a quantized tensor between two operators of the program is not refused",
+    }
+)(RefusedTest)
 
 
 if __name__ == "__main__":

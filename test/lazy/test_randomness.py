@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from oracle import Call, check, makefunctiontest, maketest, tensors, expected_failures
+from oracle import Call, check, expected_failures, makefunctiontest, maketest, tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing._internal import common_methods_invocations
@@ -94,12 +94,6 @@ REGULARIZERS = {
 }
 
 
-@expected_failures(
-    {
-        "test_init_trunc_normal": "captured once more although nothing changed: the first run is with other values",
-        "test_init_trunc_normal_between_others": "captured once more although nothing changed: the first run is with other values",
-    }
-)
 class FactoryTest(unittest.TestCase):
     """Each way to draw numbers, alone, then between two others that show the order."""
 
@@ -215,11 +209,6 @@ def _masked_noise(x):
     return torch.where(torch.rand_like(x) < 0.5, x, torch.zeros_like(x))
 
 
-@expected_failures(
-    {
-        "test_random_value_read": "each random number that the program reads is a variant of its own",
-    }
-)
 class OrderTest(unittest.TestCase):
     """Program order is kept, no draw is dropped or merged, and the state afterwards is eager's."""
 
@@ -253,16 +242,6 @@ class OrderTest(unittest.TestCase):
     test_no_arguments = makefunctiontest(lambda: torch.randn(3) + torch.rand(3), lambda: ())
 
 
-@expected_failures(
-    {
-        "test_forked_and_seeded_inside": "a program that seeds or reads the generator is refused",
-        "test_forked_inside": "a program that seeds or reads the generator is refused",
-        "test_initial_seed_read": "a program that seeds or reads the generator is refused",
-        "test_seeded_inside": "a program that seeds or reads the generator is refused",
-        "test_seeded_inside_late": "a program that seeds or reads the generator is refused",
-        "test_state_restored_inside": "a program that seeds or reads the generator is refused",
-    }
-)
 class SeedingTest(unittest.TestCase):
     """The program itself sets, saves or restores the generator."""
 
@@ -306,12 +285,6 @@ GENERATOR = {
 }  # fmt: skip
 
 
-@expected_failures(
-    {
-        "test_made_inside": "a generator that the program makes is refused",
-        "test_seeded_inside": "a program that seeds or reads the generator is refused",
-    }
-)
 class GeneratorTest(unittest.TestCase):
     """A Generator argument is honoured: its state is drawn from, and moves as in eager."""
 
@@ -516,6 +489,36 @@ class DistributionTest(unittest.TestCase):
         lambda x: torch.distributions.Bernoulli(logits=x, validate_args=False)
     )
     test_validated_normal = _distribution(lambda x: torch.distributions.Normal(x, x.abs() + 1))
+
+
+# What is not as eager yet, with the reason; a test of these that passes fails the run.
+expected_failures(
+    {
+        "test_init_trunc_normal": "captured once more although nothing changed: the first run is with other values",
+        "test_init_trunc_normal_between_others": "captured once more although nothing changed: the first run is with other values",
+    }
+)(FactoryTest)
+expected_failures(
+    {
+        "test_random_value_read": "each random number that the program reads is a variant of its own",
+    }
+)(OrderTest)
+expected_failures(
+    {
+        "test_forked_and_seeded_inside": "a program that seeds or reads the generator is refused",
+        "test_forked_inside": "a program that seeds or reads the generator is refused",
+        "test_initial_seed_read": "a program that seeds or reads the generator is refused",
+        "test_seeded_inside": "a program that seeds or reads the generator is refused",
+        "test_seeded_inside_late": "a program that seeds or reads the generator is refused",
+        "test_state_restored_inside": "a program that seeds or reads the generator is refused",
+    }
+)(SeedingTest)
+expected_failures(
+    {
+        "test_made_inside": "a generator that the program makes is refused",
+        "test_seeded_inside": "a program that seeds or reads the generator is refused",
+    }
+)(GeneratorTest)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.utils.parametrize as parametrize
-from oracle import Call, check, extract_untouched, maketest, tensors, expected_failures
+from oracle import Call, check, expected_failures, extract_untouched, maketest, tensors
 from torch import nn
 
 from torch_lazy_ext import extract_compiled_graph
@@ -152,11 +152,6 @@ def _pre_hook(m, i):
         m.child.register_forward_pre_hook(lambda mod, args: (args[0] + 1,))
 
 
-@expected_failures(
-    {
-        "test_dict_replaced": "captured more often than necessary: containers count by identity",
-    }
-)
 class OutsideChangeTest(unittest.TestCase):
     """What is changed between calls, the next replay sees."""
 
@@ -529,12 +524,6 @@ def _grad_written(m, x):
     return x
 
 
-@expected_failures(
-    {
-        "test_grad_read": "reading or writing `.grad` of a tensor that existed before is refused",
-        "test_grad_written": "reading or writing `.grad` of a tensor that existed before is refused",
-    }
-)
 class InsideChangeTest(unittest.TestCase):
     """What the program changes about its module, a replay changes too."""
 
@@ -846,11 +835,6 @@ def _shared_layers():
     return nn.Sequential(layer, nn.ReLU(), layer)
 
 
-@expected_failures(
-    {
-        "test_lazy_linear": "a module with uninitialized parameters has to run once before the capture",
-    }
-)
 class StructureTest(unittest.TestCase):
     """Parametrizations, tied weights, views among the state, lazy modules."""
 
@@ -973,6 +957,25 @@ class ExtractionKeepsModuleTest(unittest.TestCase):
             for i in range(6):
                 x = torch.randn(2, 3)
                 torch.testing.assert_close((graph, m)[i % 2](x), eager(x))
+
+
+# What is not as eager yet, with the reason; a test of these that passes fails the run.
+expected_failures(
+    {
+        "test_dict_replaced": "captured more often than necessary: containers count by identity",
+    }
+)(OutsideChangeTest)
+expected_failures(
+    {
+        "test_grad_read": "reading or writing `.grad` of a tensor that existed before is refused",
+        "test_grad_written": "reading or writing `.grad` of a tensor that existed before is refused",
+    }
+)(InsideChangeTest)
+expected_failures(
+    {
+        "test_lazy_linear": "a module with uninitialized parameters has to run once before the capture",
+    }
+)(StructureTest)
 
 
 if __name__ == "__main__":
