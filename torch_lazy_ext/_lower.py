@@ -148,6 +148,27 @@ class ValueGuard:
 
 
 @dataclasses.dataclass
+class Backward:
+    """The backward half of a joint graph.
+
+    Attributes:
+        graph: from saved values and tangents to gradients.
+        outputs: roots of the forward that get a tangent, in order.
+        saved: roots of the forward that the backward reads.
+        wrt: for each gradient, the index of the lifted tensor it belongs to.
+        reached: for each gradient, the positions in `outputs` whose tangents it depends on.
+        strides: for each output, the strides of the tangent it was recorded with.
+    """
+
+    graph: torch._C.Graph
+    outputs: list[int]
+    saved: list[int]
+    wrt: list[int]
+    reached: list[frozenset[int]]
+    strides: list[tuple[int, ...]]
+
+
+@dataclasses.dataclass
 class Lowered:
     """A lowered graph and what belongs around it.
 
@@ -172,6 +193,7 @@ class Lowered:
     guards: list[ValueGuard]
     generators: list[torch.Generator]
     uses_storage_offset: bool
+    backward: Backward | None
 
 
 class _Roots:
@@ -219,7 +241,12 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         ValueGuard(roots.add(value), expected, is_value, source)
         for value, expected, is_value, source in recorder.guards()
     ]
-    graph, parameters = _C.lower(recorder, roots.values, num_exposed)
+    end = len(recorder)
+    backward = None
+    if sources.differentiable:
+        backward = _backward(recorder, sources.differentiable, lifted, roots)
+    graph, parameters = _C.lower(recorder, roots.values, num_exposed, 0, end)
+    lifted = recorder.lifted()
     return Lowered(
         graph=graph,
         roots=roots.values,
@@ -233,6 +260,94 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         guards=guards,
         generators=recorder.generators(),
         uses_storage_offset=any(n.kind() == "aten::as_strided" for n in graph.nodes()),
+        backward=backward,
+    )
+
+
+def _backward(
+    recorder: _C.Recorder,
+    differentiable: list[tuple[FromRoot, torch.Tensor]],
+    lifted: list[tuple[torch.Tensor, torch.Tensor, bool, int]],
+    roots: _Roots,
+) -> Backward | None:
+    """Record `torch.autograd.grad` after the program, and lower what it adds on its own.
+
+    The joint graph is cut where PyTorch's autograd cuts it: what the backward reads of the forward
+    is what eager saves.
+    """
+    for tensor, twin, constant, _base in lifted:
+        if not constant and twin.grad_fn is not None and tensor.grad_fn is None:
+            raise UnsupportedError(
+                "the program writes a result that requires grad to a tensor that it was given: "
+                "return the result instead"
+            )
+    begin = len(recorder)
+    outputs = {source.root: leaf for source, leaf in differentiable}
+    tangents = [recorder.add_tangent(leaf) for leaf in outputs.values()]
+    # A custom autograd.Function is given the user's own tensor, and not its twin.
+    wrt = [
+        (i, t)
+        for i, (tensor, twin, constant, _base) in enumerate(lifted)
+        if not constant and tensor.requires_grad
+        for t in (twin, tensor)
+        if t.requires_grad
+    ]
+    if not wrt:
+        return None
+    recorder.verify_layouts = False  # tangents have no values to run with
+    random_calls = recorder.random_calls()
+    gradients = recorder.resumed(
+        lambda: torch.autograd.grad(
+            list(outputs.values()), [t for _i, t in wrt], tangents, allow_unused=True
+        )
+    )
+    by_index: dict[int, torch.Tensor] = {}
+    for (i, _t), gradient in zip(wrt, gradients):
+        if gradient is not None:
+            known = by_index.get(i)
+            by_index[i] = (
+                gradient
+                if known is None
+                else recorder.resumed(lambda a=known, b=gradient: a + b)
+            )
+    if recorder.random_calls() != random_calls:
+        raise UnsupportedError(
+            "the backward of the program draws random numbers (torch.utils.checkpoint around "
+            "dropout): a replay could not draw the forward's again. Checkpoint without randomness"
+        )
+    values = [recorder.describe(g).value for g in by_index.values()]
+    tangent_values = [recorder.describe(t).value for t in tangents]
+    position = {v: k for k, v in enumerate(tangent_values)}
+    # What each value depends on, from the tangents down.
+    reached: dict[int, frozenset[int]] = {v.node: frozenset([k]) for v, k in position.items()}
+    needed = {v.node for v in values}
+    given = set(position)
+
+    def is_saved(v: _C.ValueRef) -> bool:
+        return v.node < begin or (recorder.is_input(v) and v not in given)
+
+    saved: dict[_C.ValueRef, None] = {v: None for v in values if is_saved(v)}
+    for node in range(begin, len(recorder)):
+        operands = recorder.operands(node)
+        reached.setdefault(
+            node, frozenset().union(*(reached.get(v.node, frozenset()) for v in operands))
+        )
+    for node in range(len(recorder) - 1, begin - 1, -1):
+        if node in needed:
+            for v in recorder.operands(node):
+                needed.add(v.node)
+                if is_saved(v):
+                    saved[v] = None
+    boundary = list(saved) + tangent_values
+    graph, parameters = _C.lower(recorder, values, 0, begin, len(recorder), boundary)
+    assert not parameters, "everything that a backward reads is saved"
+    return Backward(
+        graph=graph,
+        outputs=list(outputs),
+        saved=[roots.add(v) for v in saved],
+        wrt=list(by_index),
+        reached=[reached.get(v.node, frozenset()) for v in values],
+        strides=[leaf.stride() for leaf in outputs.values()],
     )
 
 
@@ -313,6 +428,7 @@ class _Sources:
         self.roots = roots
         self.arguments = {id(c): i for i, c in enumerate(recording.containers)}
         self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
+        self.differentiable: list[tuple[FromRoot, torch.Tensor]] = []
         self.lifted = {}  # id of a lifted tensor or its twin -> its index
         for i, (tensor, twin, _constant, _base) in enumerate(self.recorder.lifted()):
             self.lifted[id(tensor)] = self.lifted[id(twin)] = i
@@ -406,16 +522,23 @@ class _Sources:
             if not len(about.views):
                 return FromLifted(base, alias=True)
             return FromView(FromLifted(base), about.views)
-        if about.mutated and self._sharing.get(about.storage, 0) > 1:
+        differentiable = leaf.requires_grad and leaf.grad_fn is not None
+        if differentiable and base >= 0 and not lifted[base][2] and len(about.views):
+            # Eager's own view of the user's tensor, with eager's gradient.
+            return FromView(FromLifted(base), about.views)
+        if about.mutated and self._sharing.get(about.storage, 0) > 1 and not differentiable:
             root = self.roots.add(recorder.base_value(leaf))
             return FromView(FromRoot(root), about.views)
         root = self.roots.add(about.value)
         # `y.data` is another tensor object over the same value.
         alias = root in self._objects or recorder.is_input(about.value)
         self._objects.add(root)
-        return FromRoot(
+        source = FromRoot(
             root,
             alias,
             requires_grad=leaf.requires_grad and leaf.is_leaf and not leaf._is_view(),
             parameter=isinstance(leaf, torch.nn.Parameter),
         )
+        if differentiable:
+            self.differentiable.append((source, leaf))
+        return source

@@ -786,7 +786,6 @@ expected_failures(
 expected_failures(
     {
         "test_parameter_argument": "an argument that is a Parameter is a plain tensor to the program",
-        "test_with_grad_mode": "gradients do not flow through a graph yet: results of a call do not require grad",
     }
 )(RequiresGradTest)
 

@@ -236,6 +236,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "is_input",
           [](Recorder& r, const ValueRef& v) { return r.node(v.node).kind == NodeKind::Input; })
       .def("release", &Recorder::release)
+      .def("add_tangent", &Recorder::add_tangent)
+      .def(
+          "resumed",
+          [](Recorder& r, const py::function& fn) {
+            Recorder::Resume recording(r, /*lifting=*/true);
+            return fn();
+          },
+          "Call `fn`, and record its operators after those of the program.")
+      .def(
+          "operands",
+          [](Recorder& r, int64_t id) {
+            std::vector<ValueRef> out;
+            if (r.node(id).call) {
+              r.node(id).call->for_each_value([&](const ValueRef& v) { out.push_back(v); });
+            }
+            return out;
+          })
       .def(
           "depends_on_input",
           [](Recorder& r, const ValueRef& v) { return r.node(v.node).depends_on_input; })
@@ -248,13 +265,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def(
       "lower",
-      [](Recorder& r, const std::vector<ValueRef>& roots, size_t num_exposed) {
-        Lowered l = lower(r, roots, num_exposed);
+      [](Recorder& r,
+         const std::vector<ValueRef>& roots,
+         size_t num_exposed,
+         int64_t begin,
+         int64_t end,
+         const std::vector<ValueRef>& boundary) {
+        Lowered l = lower(r, roots, num_exposed, begin, end, boundary);
         return py::make_tuple(l.graph, l.parameters);
       },
       py::arg("recorder"),
       py::arg("roots"),
-      py::arg("num_exposed"));
+      py::arg("num_exposed"),
+      py::arg("begin"),
+      py::arg("end"),
+      py::arg("boundary") = std::vector<ValueRef>());
   m.def(
       "standalone",
       [](const py::function& fn, const py::args& args, const py::kwargs& kwargs) {

@@ -4,6 +4,7 @@
 #include <torch/csrc/jit/runtime/operator.h>
 #include <torch/csrc/lazy/ts_backend/ts_lowering_context.h>
 
+#include <algorithm>
 #include <mutex>
 #include <unordered_set>
 
@@ -215,12 +216,24 @@ torch::lazy::TSOpVector GenericNode::Lower(
   return Lowering(*this, graph, *context).run();
 }
 
-Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num_exposed) {
+Lowered lower(
+    Recorder& recorder,
+    const std::vector<ValueRef>& roots,
+    size_t num_exposed,
+    int64_t begin,
+    int64_t end,
+    const std::vector<ValueRef>& boundary) {
   const int64_t count = static_cast<int64_t>(recorder.nodes.size());
+  auto at_boundary = [&](const ValueRef& v) {
+    return std::find(boundary.begin(), boundary.end(), v) != boundary.end();
+  };
+  auto lowered_here = [&](int64_t i) { return i >= begin && i < end; };
   std::vector<char> live(count, 0);
   std::vector<char> exposed(count, 0);
   for (size_t i = 0; i < roots.size(); ++i) {
-    live[roots[i].node] = 1;
+    if (!at_boundary(roots[i])) {
+      live[roots[i].node] = 1;
+    }
     if (i < num_exposed) {
       owner_of(recorder, roots[i], [&](int64_t node) { exposed[node] = 1; });
     }
@@ -228,11 +241,15 @@ Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num
   for (int64_t i = count - 1; i >= 0; --i) {
     GenericNode& n = recorder.node(i);
     // A random node moves the generator even when nobody uses its numbers.
-    if (n.random()) {
+    if (n.random() && lowered_here(i)) {
       live[i] = 1;
     }
     if (live[i] != 0 && n.call) {
-      n.call->for_each_value([&](const ValueRef& v) { live[v.node] = 1; });
+      n.call->for_each_value([&](const ValueRef& v) {
+        if (!at_boundary(v)) {
+          live[v.node] = 1;
+        }
+      });
     }
   }
   torch::lazy::TSLoweringContext context(
@@ -246,12 +263,22 @@ Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num
       result.parameters.push_back(recorder.node(i).input_index);
     }
   }
+  result.graph = context.graph();
+  auto output_of = [&](const ValueRef& v) {
+    return torch::lazy::Output(&recorder.node(v.node), static_cast<size_t>(v.index));
+  };
+  for (const ValueRef& v : boundary) {
+    Value* input = result.graph->addInput();
+    input->setType(type_of(recorder.meta_of(v)));
+    context.AssignOutputOp(output_of(v), input);
+  }
   std::unordered_map<torch::lazy::hash_t, int64_t, torch::lazy::HashReducer> known;
   for (int64_t i = 0; i < count; ++i) {
     GenericNode& n = recorder.node(i);
     if (live[i] == 0 || n.kind == NodeKind::Input) {
       continue;
     }
+    TORCH_INTERNAL_ASSERT(lowered_here(i), "a value that is neither lowered nor given");
     auto [same, fresh] = known.try_emplace(n.hash(), i);
     if (!fresh && exposed[i] == 0) {
       for (size_t k = 0; k < n.num_outputs(); ++k) {
@@ -264,10 +291,8 @@ Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num
     n.source_range = recorder.source_range(n.call->source);
     context.Lower(&n);
   }
-  result.graph = context.graph();
   for (const ValueRef& r : roots) {
-    result.graph->registerOutput(context.GetOutputOp(
-        torch::lazy::Output(&recorder.node(r.node), static_cast<size_t>(r.index))));
+    result.graph->registerOutput(context.GetOutputOp(output_of(r)));
   }
   for (int64_t i = 0; i < count; ++i) {
     if (live[i] != 0 && recorder.node(i).random()) {

@@ -13,9 +13,16 @@ struct Lowered {
   std::vector<int64_t> parameters;
 };
 
-// Lowers what `roots` need, and every random node, in program order. Equal nodes are
-// lowered once, except those whose memory one of the first `num_exposed` roots hands out:
-// a program may write to its results.
-Lowered lower(Recorder& recorder, const std::vector<ValueRef>& roots, size_t num_exposed);
+// Lowers what `roots` need of the nodes [begin, end), and their random nodes, in program
+// order. Values in `boundary` are inputs of the graph, after the lifted tensors. Equal nodes
+// are lowered once, except those whose memory one of the first `num_exposed` roots hands
+// out: a program may write to its results.
+Lowered lower(
+    Recorder& recorder,
+    const std::vector<ValueRef>& roots,
+    size_t num_exposed,
+    int64_t begin,
+    int64_t end,
+    const std::vector<ValueRef>& boundary);
 
 } // namespace tle

@@ -167,11 +167,13 @@ void Recorder::exit() {
   fi::setFunctionalizationReapplyViewsTLS(previous_reapply_);
 }
 
-Recorder::Resume::Resume(Recorder& recorder)
+Recorder::Resume::Resume(Recorder& recorder, bool lifting)
     : previous_(current_recorder),
       previous_reapply_(fi::getFunctionalizationReapplyViewsTLS()),
-      include_(DispatchKeySet({DispatchKey::Fake, DispatchKey::Functionalize})),
-      exclude_(DispatchKeySet(DispatchKey::DeferredInit)) {
+      include_(
+          DispatchKeySet({DispatchKey::Fake, DispatchKey::Functionalize}) |
+          (lifting ? DispatchKeySet(DispatchKey::DeferredInit) : DispatchKeySet())),
+      exclude_(lifting ? DispatchKeySet() : DispatchKeySet(DispatchKey::DeferredInit)) {
   current_recorder = &recorder;
   fi::setFunctionalizationReapplyViewsTLS(true);
 }
@@ -297,6 +299,21 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
   return twin;
 }
 
+at::Tensor Recorder::add_tangent(const at::Tensor& output) {
+  TensorMeta meta = TensorMeta::of(output);
+  meta.storage_offset = 0;
+  auto n = std::make_shared<GenericNode>(static_cast<int64_t>(inputs.size()), meta);
+  n->id = static_cast<int64_t>(nodes.size());
+  nodes.push_back(n);
+  at::Tensor twin;
+  {
+    c10::impl::ExcludeDispatchKeyGuard guard(capture_keys);
+    twin = make_tensor({n->id, 0}, /*wrap_functional=*/true);
+  }
+  inputs.push_back({at::Tensor(), twin, n->id, /*constant=*/true});
+  return twin;
+}
+
 // The twin is a view of the twin of the whole storage, so that functionalization sees
 // what a write to one tensor does to another.
 at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
@@ -390,6 +407,12 @@ std::vector<char> Recorder::needed_for(int64_t target) {
     }
     if (needed[i] == 0) {
       continue;
+    }
+    if (!n.call) {
+      throw Unsupported(c10::str(
+          "a backward reads the values of its gradients (at ",
+          describe(current_source()),
+          "), which are not there while it is captured: compute with tensors"));
     }
     random_after = random_after || n.random();
     n.call->for_each_value([&](const ValueRef& v) { needed[v.node] = 1; });

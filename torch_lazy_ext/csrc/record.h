@@ -70,7 +70,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   // regenerate) after the program has ended.
   class Resume {
    public:
-    explicit Resume(Recorder& recorder);
+    // `lifting`: the user's own tensors may come up (in a backward), and get twins.
+    explicit Resume(Recorder& recorder, bool lifting = false);
     ~Resume();
     Resume(const Resume&) = delete;
     Resume& operator=(const Resume&) = delete;
@@ -88,6 +89,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   void release();
   // Tensors the program was given by operators and still holds.
   std::vector<at::Tensor> alive();
+  // An input of the backward: no tensor of the user's, and no value during the capture.
+  at::Tensor add_tangent(const at::Tensor& output);
   at::Tensor twin_of(const at::Tensor& tensor); // lifts when necessary
   bool is_liftable(const at::Tensor& tensor) const;
   // From now on `twin` stands for `tensor` (an assignment to `tensor.data`).
