@@ -306,9 +306,7 @@ def _backward(
         if gradient is not None:
             known = by_index.get(i)
             by_index[i] = (
-                gradient
-                if known is None
-                else recorder.resumed(lambda a=known, b=gradient: a + b)
+                gradient if known is None else recorder.resumed(lambda a=known, b=gradient: a + b)
             )
     if recorder.random_calls() != random_calls:
         raise UnsupportedError(

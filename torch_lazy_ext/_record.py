@@ -78,6 +78,22 @@ class Capture:
         finally:
             _running.capture = self
 
+    def text(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
+        if kwargs or tensor.grad_fn is None:
+            return self.read(func, tensor, **kwargs)
+        # The text of the value, and as PyTorch would add it, where the tensor comes from.
+        text = self.read(func, tensor.detach())
+        name = type(tensor.grad_fn).__name__
+        return torch._tensor_str._add_suffixes(
+            text.removesuffix(")"), [f"grad_fn=<{name}>"], len("tensor("), force_newline=False
+        )
+
+    def format(self, func: Any, tensor: torch.Tensor, spec: str) -> str:
+        # As torch.Tensor.__format__: a number is formatted, anything larger is its text.
+        return (
+            self.read(func, tensor, spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
+        )
+
     def numbers(self, data: Any) -> Any:
         """Python data with a number in the place of each tensor, for C++ code that reads them."""
         if not isinstance(data, (list, tuple)):
@@ -188,8 +204,8 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "tolist": Capture.read,
     "numpy": Capture.read,
     "__array__": Capture.read,
-    "__repr__": Capture.read,
-    "__format__": Capture.read,
+    "__repr__": Capture.text,
+    "__format__": Capture.format,
     "requires_grad_": Capture.requires_grad_,
     "__deepcopy__": Capture.deepcopy,
     "apply_": Capture.refuse,

@@ -41,7 +41,6 @@ Way = Callable[[], tuple[Any, ...]]
 EXPECTED_FAILURES: dict[str, str] = {
     "LimitTest.test_graphs_that_fail": "a graph that raises on this data counts neither as hit nor against the limit",
     "NumpyMemoryTest.test_returned": "an array in the result cannot be written to",
-    "TextTest.test_repr_with_grad": "the text of a tensor that requires grad shows no grad_fn",
     "UnguardedTest.test_probing": "an error that the meta kernel words otherwise guards the operands' values",
     "ValueTest.test_numpy_by_reference": "a method of torch.Tensor held by reference from before the capture",
     "ValueTest.test_tolist_by_reference": "a method of torch.Tensor held by reference from before the capture",

@@ -34,7 +34,6 @@ struct Described {
   bool mutated = false; // the storage saw a mutation
   bool metadata_mutated = false;
   bool storage_changed = false;
-  bool requires_grad = false;
   int64_t version = 0;
   ValueRef value;
   ViewSequence views;
@@ -76,7 +75,6 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
   d.mutated = wrapper->has_data_mutation();
   d.metadata_mutated = wrapper->has_metadata_mutation();
   d.storage_changed = wrapper->was_storage_changed();
-  d.requires_grad = seen.requires_grad();
   d.value = c->value;
   d.views.metas = wrapper->view_metas();
   return d;
@@ -123,7 +121,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("mutated", &Described::mutated)
       .def_readonly("metadata_mutated", &Described::metadata_mutated)
       .def_readonly("storage_changed", &Described::storage_changed)
-      .def_readonly("requires_grad", &Described::requires_grad)
       .def_readonly("version", &Described::version)
       .def_readonly("value", &Described::value)
       .def_readonly("views", &Described::views);

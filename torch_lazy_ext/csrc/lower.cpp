@@ -25,26 +25,21 @@ c10::TypePtr type_of(const TensorMeta& m) {
       std::nullopt);
 }
 
-// The output of the node that owns the memory of `v`, through views.
-ValueRef owner_of(Recorder& recorder, ValueRef v, const std::function<void(int64_t)>& visit) {
-  while (true) {
+// Calls `visit` with the nodes that `v` shares its memory with, down to the one that owns it.
+template <class F>
+void visit_owners(Recorder& recorder, ValueRef v, F&& visit) {
+  bool view = true;
+  while (view) {
     visit(v.node);
     const GenericNode& n = recorder.node(v.node);
-    if (n.kind == NodeKind::Input) {
-      return v;
-    }
-    const c10::FunctionSchema& schema = n.call->op.schema();
-    bool found = false;
-    for (size_t i = 0; i < schema.arguments().size() && !found; ++i) {
+    view = false;
+    for (size_t i = 0; n.call && i < n.call->arguments.size() && !view; ++i) {
       const Argument& a = n.call->arguments[i];
-      const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
+      const c10::AliasInfo* alias = n.call->op.schema().arguments()[i].alias_info();
       if (a.kind == ArgKind::Tensor && alias != nullptr && !alias->isWrite()) {
         v = a.values[0];
-        found = true;
+        view = true;
       }
-    }
-    if (!found) {
-      return v;
     }
   }
 }
@@ -235,7 +230,7 @@ Lowered lower(
       live[roots[i].node] = 1;
     }
     if (i < num_exposed) {
-      owner_of(recorder, roots[i], [&](int64_t node) { exposed[node] = 1; });
+      visit_owners(recorder, roots[i], [&](int64_t node) { exposed[node] = 1; });
     }
   }
   for (int64_t i = count - 1; i >= 0; --i) {
