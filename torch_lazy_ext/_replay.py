@@ -215,9 +215,9 @@ class Specialization:
         if lowered.backward is not None:
             self._backward = _C.Program(lowered.backward.graph)
 
-    def matches(self, flat: _tree.Flat) -> bool:
+    def matches(self, flat: _tree.Flat, surroundings: tuple[Any, ...]) -> bool:
         """Whether everything but the data is as it was at the capture."""
-        if flat.spec != self._spec or self._surroundings != _surroundings():
+        if flat.spec != self._spec or self._surroundings != surroundings:
             return False
         leaves = flat.leaves
         for leaf, guard, value in zip(leaves, self._leaf_guards, self._leaf_values):
@@ -579,10 +579,14 @@ class CompiledGraph:
         if _C.capturing():
             return self._fn(*args, **kwargs)
         flat = _tree.flatten((args, kwargs))
-        candidates = [s for s in list(self._specializations) if s.matches(flat)]
+        surroundings = _surroundings()
+        matching = 0
         failed: list[Specialization] = []
         observed: list[torch.Tensor] = []
-        for specialization in candidates:
+        for specialization in list(self._specializations):
+            if not specialization.matches(flat, surroundings):
+                continue
+            matching += 1
             if not specialization.may_follow(observed):
                 continue
             try:
@@ -602,7 +606,7 @@ class CompiledGraph:
                 raise GuardError(self._failure(failed[-1], observed))
             if self._on_guard_failure == "eager":
                 return self._fn(*args, **kwargs)
-            if len(candidates) >= self._limit:
+            if matching >= self._limit:
                 self._warn(failed[-1], observed)
                 return self._fn(*args, **kwargs)
         return self._capture_and_run(args, kwargs, flat)
