@@ -207,7 +207,8 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   if (name == "aten::batch_norm" || name == "aten::native_batch_norm") {
     // It updates the running statistics, and its schema does not say so. The kernel
     // behind the other name is the same one.
-    const bool updates = at(5).toBool() && at(3).isTensor() && at(3).toTensor().defined();
+    const bool updates = at(5).toBool() && at(3).isTensor() && at(3).toTensor().defined() &&
+        at(0).toTensor().numel() > 0; // of nothing, there are none
     if (!updates || !at(0).toTensor().device().is_cpu()) {
       return false;
     }
