@@ -427,12 +427,13 @@ def _release_kept(recording: Recording) -> None:
     tensor that depends on the inputs would be stale after the next replay: refused.
     """
     recorder = recording.recorder
-    expected: set[int] = set()
+    expected: dict[int, torch.Tensor] = {}  # held, so that no id is given to another object
     roots = [recording.result, recording.containers]
     roots += [c.value for c in recording.changes] + [t for pair in recording.assigned for t in pair]
     _reach(roots, expected)
-    expected |= {id(t) for _user, t, _constant, _base in recorder.lifted()}
-    expected |= {id(t) for t, _twin, _constant, _base in recorder.lifted()}
+    for user, twin, _constant, _base in recorder.lifted():
+        expected[id(user)] = user
+        expected[id(twin)] = twin
     stale = []
     alive = recorder.alive()
     while alive:
@@ -460,16 +461,17 @@ def _release_kept(recording: Recording) -> None:
         )
 
 
-def _reach(values: list[Any], tensors: set[int]) -> None:
+def _reach(values: list[Any], tensors: dict[int, torch.Tensor]) -> None:
     seen: set[int] = set()
     stack = list(values)
     while stack:
         value = stack.pop()
         if isinstance(value, torch.Tensor):
-            tensors.add(id(value))
+            tensors[id(value)] = value
             if value._is_view():
                 # A view keeps its base alive, with its Python object.
-                tensors.add(id(value._base))
+                base = value._base
+                tensors[id(base)] = base
             continue
         taken = _tree.parts(value)
         if taken is not None and id(value) not in seen:

@@ -385,6 +385,9 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
     at::Tensor twin = recorder->twin_of(t);
     if (!twin.is_same(t)) {
       passed.emplace_back(twin.unsafeGetTensorImpl(), t);
+    } else if (fi::isFunctionalTensor(t)) {
+      // What a factory gives to Python may be a copy of the tensor object made here.
+      recorder->made.emplace_back(t.getIntrusivePtr());
     }
     return twin;
   });
