@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_lazy_ext import _C, _lift, _lower, _record, _text, _tree
+from torch_lazy_ext import _C, _gradients, _lift, _lower, _record, _text, _tree
 from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 
 GUARD_FAILURE = ("recapture", "eager", "error")
@@ -211,9 +211,9 @@ class Specialization:
                 ]
                 self._apart.append((write.index, others))
         lowered.lifted = []
-        self._backward: _C.Program | None = None
+        self._backward: _gradients.Backward | None = None
         if lowered.backward is not None:
-            self._backward = _C.Program(lowered.backward.graph)
+            self._backward = _gradients.Backward(lowered.backward)
 
     def matches(self, flat: _tree.Flat, surroundings: tuple[Any, ...]) -> bool:
         """Whether everything but the data is as it was at the capture."""
@@ -280,30 +280,13 @@ class Specialization:
             raise _Mismatch(None) from None
         self.hits += 1
         if self._backward is not None:
-            values = self._attach(tensors, values)
+            values = _gradients.attach(self._backward, self._written(tensors), tensors, values)
         return self._finish(flat, tensors, values)
 
-    def _attach(
-        self, tensors: list[torch.Tensor], values: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Give the results their place in the autograd graph of the caller."""
-        backward = self._lowered.backward
-        assert backward is not None and self._backward is not None
-        written = {
-            tensors[w.index].untyped_storage().data_ptr()
-            for w in self._lowered.writes
-            if w.root is not None
-        }
-        saved = [values[r] for r in backward.saved]
-        if written:
-            # What is saved is the value before the call wrote to it.
-            saved = [t.clone() if t.untyped_storage().data_ptr() in written else t for t in saved]
-        call = _Call(self._backward, backward, saved, [values[r] for r in backward.outputs])
-        outputs = _Differentiable.apply(call, *(tensors[i] for i in backward.wrt))
-        values = list(values)
-        for root, output in zip(backward.outputs, outputs):
-            values[root] = output
-        return values
+    def _written(self, tensors: list[torch.Tensor]) -> set[int]:
+        """The memory that a call writes to."""
+        writes = [w for w in self._lowered.writes if w.root is not None]
+        return {tensors[w.index].untyped_storage().data_ptr() for w in writes}
 
     def _gather(self, leaves: list[Any]) -> list[torch.Tensor]:
         tensors = [
@@ -391,58 +374,6 @@ def _write_back(
         torch._C._autograd._unsafe_set_version_counter(
             tuple(tensors[w.index] for w in counted),
             tuple(v + w.bumps for v, w in zip(versions, counted)),
-        )
-
-
-class _Call:
-    """What one call hands to its backward."""
-
-    def __init__(
-        self,
-        program: _C.Program,
-        backward: _lower.Backward,
-        saved: list[torch.Tensor],
-        outputs: list[torch.Tensor],
-    ) -> None:
-        self.program = program
-        self.backward = backward
-        self.saved = saved
-        self.outputs = outputs
-
-
-class _Differentiable(torch.autograd.Function):
-    """A graph whose forward has run, with its extracted backward."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.backward_half = (call.program, call.backward)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*call.saved)
-        ctx.like = [(t.shape, t.dtype) for t in call.outputs]
-        outputs = tuple(t.detach() for t in call.outputs)
-        call.outputs = []
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise UnsupportedError(
-                "second derivatives (create_graph=True) of an extracted graph: call the program "
-                "itself for those"
-            )
-        program, backward = ctx.backward_half
-        given = frozenset(k for k, t in enumerate(tangents) if t is not None)
-        dense = []
-        for tangent, strides, (shape, dtype) in zip(tangents, backward.strides, ctx.like):
-            if tangent is None or tangent.stride() != strides:
-                empty = torch.empty_strided(shape, strides, dtype=dtype)
-                tangent = empty.zero_() if tangent is None else empty.copy_(tangent)
-            dense.append(tangent)
-        values = program.run([*ctx.saved_tensors, *dense])
-        # No tangent on the way: no gradient, which is not the same as zero.
-        return (
-            None,
-            *(v if reached & given else None for v, reached in zip(values, backward.reached)),
         )
 
 
