@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_lazy_ext import _C, _gradients, _lift, _lower, _record, _text, _tree
+from torch_lazy_ext import _C, _fx, _gradients, _lift, _lower, _record, _text, _tree
 from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 
 GUARD_FAILURE = ("recapture", "eager", "error")
@@ -214,6 +214,11 @@ class Specialization:
         self._backward: _gradients.Backward | None = None
         if lowered.backward is not None:
             self._backward = _gradients.Backward(lowered.backward)
+
+    @functools.cached_property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The graph as aten operators in FX, with a fake tensor for each value."""
+        return _fx.graph_module(self.graph)
 
     def matches(self, flat: _tree.Flat, surroundings: tuple[Any, ...]) -> bool:
         """Whether everything but the data is as it was at the capture."""
@@ -613,6 +618,16 @@ class CompiledGraph:
     def graph(self) -> torch._C.Graph:
         """The TorchScript graph of the most recently used variant."""
         return self._specializations[0].graph
+
+    @property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The graph of the most recently used variant as FX: one node per operator.
+
+        It takes the graph's inputs and returns a tuple of its outputs: what a call writes to its
+        arguments, and the structure of its result, stand outside of it. `meta["val"]` of a node is
+        a fake tensor, `meta["stack_trace"]` the user's line.
+        """
+        return self._specializations[0].graph_module
 
     def graph_text(self, *, source: bool = False) -> str:
         """The graph as text that is the same from run to run.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # c10::ScalarType's numbering, which operators carry as plain integers.
-_SCALAR_TYPES = [
+SCALAR_TYPES = [
     "uint8",
     "int8",
     "int16",
@@ -40,18 +40,18 @@ _SCALAR_TYPES = [
     "uint32",
     "uint64",
 ]
-_LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "mkldnn", "sparse_csc", "sparse_bsr")
-_MEMORY_FORMATS = (
+LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "mkldnn", "sparse_csc", "sparse_bsr")
+MEMORY_FORMATS = (
     "contiguous_format",
     "preserve_format",
     "channels_last",
     "channels_last_3d",
 )
 _ENUMS = {
-    "dtype": _SCALAR_TYPES,
-    "out_dtype": _SCALAR_TYPES,
-    "layout": _LAYOUTS,
-    "memory_format": _MEMORY_FORMATS,
+    "dtype": SCALAR_TYPES,
+    "out_dtype": SCALAR_TYPES,
+    "layout": LAYOUTS,
+    "memory_format": MEMORY_FORMATS,
 }
 
 
@@ -111,7 +111,7 @@ class _Printer:
         return [f"{line}  # {where}" if where else line]
 
     def arguments(self, node: torch._C.Node) -> str:
-        schema = _schema(node)
+        schema = schema_of(node)
         if schema is None:
             return ", ".join(self.use(v) for v in node.inputs())
         parts = []
@@ -130,13 +130,14 @@ class _Printer:
 
 
 def _operator_name(node: torch._C.Node) -> str:
-    schema = _schema(node)
+    schema = schema_of(node)
     if schema is None:
         return node.kind()
     return f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
 
 
-def _schema(node: torch._C.Node) -> torch._C.FunctionSchema | None:
+def schema_of(node: torch._C.Node) -> torch._C.FunctionSchema | None:
+    """The schema of the operator that a node calls; None for TorchScript's own kinds of nodes."""
     if node.kind().startswith(_BOXED):
         namespace, name, *overload = node.kind()[len(_BOXED) :].split(".")
         return torch._C._get_schema(f"{namespace}::{name}", overload[0] if overload else "")

@@ -1,0 +1,198 @@
+"""FX: a lowered TorchScript graph as a `torch.fx.GraphModule` of the same operators.
+
+What a compiler that speaks FX needs of a graph: one `OpOverload` per operator, and on every node a
+fake tensor that says what the recording knows (`meta["val"]`) and the user's line
+(`meta["stack_trace"]`).
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torch_lazy_ext import _text
+from torch_lazy_ext._errors import ExtractionError
+
+# What the schema calls an argument that TorchScript passes as a plain integer -> its values.
+_ENUMS: dict[str, list[Any]] = {
+    "ScalarType": [getattr(torch, name, None) for name in _text.SCALAR_TYPES],
+    "Layout": [getattr(torch, name, None) for name in ("strided", *_text.LAYOUTS[1:])],
+    "MemoryFormat": [getattr(torch, name) for name in _text.MEMORY_FORMATS],
+}
+
+
+def graph_module(graph: torch._C.Graph) -> fx.GraphModule:
+    """The same operators on the same values, in the same order.
+
+    Inputs and outputs are those of `graph`; the module returns a tuple. Every node that is a tensor
+    has a fake tensor in `meta["val"]` with the recorded sizes, strides, dtype and device, and views
+    share the fake storage of what they are views of. Generators are attributes of the module.
+
+    Raises:
+        ExtractionError: the graph holds a node that is no operator.
+    """
+    return _Translation(graph).run()
+
+
+class _Translation:
+    def __init__(self, graph: torch._C.Graph) -> None:
+        self.source = graph
+        self.root = torch.nn.Module()
+        self.graph = fx.Graph()
+        self.mode = FakeTensorMode()
+        self.known: dict[int, Any] = {}  # unique value -> fx node, list of them, or a constant
+
+    def run(self) -> fx.GraphModule:
+        with self.mode, torch.no_grad():
+            for i, value in enumerate(self.source.inputs()):
+                node = self.graph.placeholder(f"arg{i}")
+                node.meta["val"] = _fake(value)
+                self.known[value.unique()] = node
+            for source in self.source.nodes():
+                self.translate(source)
+        outputs = tuple(self.known[v.unique()] for v in self.source.outputs())
+        self.graph.output(outputs).meta["val"] = fx.map_arg(outputs, lambda n: n.meta["val"])
+        return fx.GraphModule(self.root, self.graph, "CapturedGraph")
+
+    def translate(self, source: torch._C.Node) -> None:
+        kind = source.kind()
+        if kind == "prim::Constant":
+            self.known[source.output().unique()] = self.constant(source.output())
+        elif kind == "prim::ListConstruct":
+            self.known[source.output().unique()] = [self.known[v.unique()] for v in source.inputs()]
+        elif kind == "prim::ListUnpack":
+            self.unpack(self.known[next(source.inputs()).unique()], list(source.outputs()))
+        else:
+            self.call(source)
+
+    def constant(self, value: torch._C.Value) -> Any:
+        constant = value.toIValue()
+        if isinstance(constant, torch.Generator):  # fx cannot write one down
+            name = f"generator{sum(1 for n in vars(self.root) if n.startswith('generator'))}"
+            setattr(self.root, name, constant)
+            return self.graph.get_attr(name)
+        return constant
+
+    def call(self, source: torch._C.Node) -> None:
+        overload = _overload(source)
+        arguments = overload._schema.arguments
+        values = [_argument(a, self.known[v.unique()]) for a, v in zip(arguments, source.inputs())]
+        positional = [v for a, v in zip(arguments, values) if not a.kwarg_only]
+        while positional and _is_default(arguments[len(positional) - 1], positional[-1]):
+            positional.pop()
+        keywords = {
+            a.name: v for a, v in zip(arguments, values) if a.kwarg_only and not _is_default(a, v)
+        }
+        node = self.graph.call_function(overload, tuple(positional), keywords)
+        where = _stack_trace(source)
+        if where:
+            node.meta["stack_trace"] = where
+        outputs = list(source.outputs())
+        if _makes_views(overload) or not all(_is_complete(v) for v in _unpacked(outputs)):
+            node.meta["val"] = self.infer(node)
+        elif len(outputs) == 1:
+            node.meta["val"] = _recorded(outputs[0])
+        else:
+            node.meta["val"] = tuple(_recorded(v) for v in outputs)
+        if len(outputs) == 1:
+            self.known[outputs[0].unique()] = node
+        else:
+            self.unpack(node, outputs)
+
+    def infer(self, node: fx.Node) -> Any:
+        """What the operator gives for fake tensors: views of them, where they are views."""
+
+        def value(n: fx.Node) -> Any:
+            return n.meta["val"] if n.op != "get_attr" else getattr(self.root, str(n.target))
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)
+
+    def unpack(self, node: Any, outputs: list[torch._C.Value]) -> None:
+        if isinstance(node, list):  # a list made in the graph
+            for value, element in zip(outputs, node):
+                self.known[value.unique()] = element
+            return
+        for i, value in enumerate(outputs):
+            element = self.graph.call_function(operator.getitem, (node, i))
+            element.meta["val"] = node.meta["val"][i]
+            if "stack_trace" in node.meta:
+                element.meta["stack_trace"] = node.meta["stack_trace"]
+            self.known[value.unique()] = element
+
+
+def _overload(source: torch._C.Node) -> torch._ops.OpOverload:
+    schema = _text.schema_of(source)
+    if schema is None:
+        raise ExtractionError(f"{source.kind()} in a lowered graph is no operator of PyTorch's")
+    namespace, _, name = schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name)
+    return getattr(packet, schema.overload_name or "default")
+
+
+def _argument(argument: torch._C.Argument, value: Any) -> Any:
+    """A value as the Python face of the operator wants it: dtypes, not their numbers."""
+    enum = next((e for name, e in _ENUMS.items() if name in str(argument.real_type)), None)
+    return enum[value] if enum is not None and value is not None else value
+
+
+def _is_default(argument: torch._C.Argument, value: Any) -> bool:
+    if not argument.has_default_value() or isinstance(value, fx.Node):
+        return False
+    default = _argument(argument, argument.default_value)
+    return type(default) is type(value) and repr(default) == repr(value)
+
+
+def _makes_views(overload: torch._ops.OpOverload) -> bool:
+    infos = [a.alias_info for a in overload._schema.arguments]
+    views = any(info is not None and not info.is_write for info in infos)
+    return views or overload in _UNANNOTATED_VIEWS
+
+
+# Their schemas do not say that the result shares the argument's memory.
+_UNANNOTATED_VIEWS = {
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.unsafe_chunk.default,
+    torch.ops.aten.unsafe_split.Tensor,
+    torch.ops.aten.unsafe_split_with_sizes.default,
+}
+
+
+def _unpacked(outputs: list[torch._C.Value]) -> list[torch._C.Value]:
+    """The tensors among the outputs, those of lists included."""
+    tensors = []
+    for value in outputs:
+        users = [u.user for u in value.uses() if u.user.kind() == "prim::ListUnpack"]
+        tensors += [v for user in users[:1] for v in user.outputs()] or [value]
+    return tensors
+
+
+def _is_complete(value: torch._C.Value) -> bool:
+    kind = value.type()
+    return isinstance(kind, torch._C.TensorType) and kind.sizes() is not None
+
+
+def _fake(value: torch._C.Value) -> torch.Tensor:
+    kind = value.type()
+    return torch.empty_strided(
+        kind.sizes(), kind.strides(), dtype=kind.dtype(), device=kind.device()
+    )
+
+
+def _recorded(value: torch._C.Value) -> Any:
+    unpacked = _unpacked([value])
+    return _fake(value) if unpacked == [value] else [_fake(v) for v in unpacked]
+
+
+def _stack_trace(source: torch._C.Node) -> str:
+    """As `traceback` prints a frame, which is what readers of `meta["stack_trace"]` parse."""
+    file, _, line = source.sourceRange().strip().rpartition(":")
+    if not file:
+        return ""
+    code = linecache.getline(file, int(line)).strip()
+    return f'  File "{file}", line {line}, in <program>\n    {code}\n'
