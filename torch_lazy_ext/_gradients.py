@@ -90,3 +90,24 @@ class _Differentiable(torch.autograd.Function):
             None,
             *(v if reached & given else None for v, reached in zip(values, lowered.reached)),
         )
+
+
+def spend(spent: list[tuple[int, str]], values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Let the roots of `spent` raise an error in their backward: it has run inside the program."""
+    if not spent:
+        return values
+    values = list(values)
+    for root, error in spent:
+        values[root] = _Spent.apply(values[root], torch.empty(0, requires_grad=True), error)
+    return values
+
+
+class _Spent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, anchor: torch.Tensor, error: str) -> torch.Tensor:
+        ctx.error = error
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
+        raise RuntimeError(ctx.error)

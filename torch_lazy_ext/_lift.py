@@ -92,6 +92,12 @@ class Slot:
         return f"Slot({self.name})"
 
 
+# Objects of torch that hold tensors and are neither modules nor containers.
+OBJECTS_OF_TORCH = (
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.amp.GradScaler,
+)
 CONTENT = object()  # as a key: everything in a list
 
 
@@ -182,6 +188,8 @@ class State:
             self.modules.append(value)
             yield from self._items(value.__dict__, name)
             yield from self._class(type(value), name)
+        elif isinstance(value, OBJECTS_OF_TORCH):
+            yield from self._items(value.__dict__, name)
         elif isinstance(value, (dict, list, tuple, collections.deque)):
             if len(value) <= 10_000:
                 yield from self._items(value, name)
@@ -229,8 +237,10 @@ class State:
         if isinstance(owner, dict):
             items = dict(dict.items(owner))
             self.containers.append((owner, items))
-            for key in items:
-                yield from self._slot(Slot(owner, key, _join(name, key)))
+            for i, key in enumerate(items):
+                # The state of an optimizer has its parameters as keys.
+                label = i if isinstance(key, torch.Tensor) else key
+                yield from self._slot(Slot(owner, key, _join(name, label)))
             return
         values = list(owner)
         if not isinstance(owner, tuple):

@@ -179,6 +179,10 @@ class Lowered:
         refills: (position of an argument's container, its new content).
         effects: (owner, key or CONTENT, source or MISSING): changes of state.
         assigned: (lifted index, source): assignments to `tensor.data`.
+        leaves: (lifted index of a leaf, its gradient or None): what the gradient was like.
+        gradients: (lifted index of a leaf, source): assignments to `tensor.grad`.
+        required: (lifted index, whether): assignments to `tensor.requires_grad`.
+        spent: (root, error): results whose backward has run; another one raises the error.
     """
 
     graph: torch._C.Graph
@@ -190,6 +194,10 @@ class Lowered:
     refills: list[tuple[int, Built]]
     effects: list[tuple[Any, Any, Any]]
     assigned: list[tuple[int, Source]]
+    leaves: list[tuple[int, torch.Tensor | None]]
+    gradients: list[tuple[int, Source]]
+    required: list[tuple[int, bool]]
+    spent: list[tuple[int, str]]
     guards: list[ValueGuard]
     generators: list[torch.Generator]
     uses_storage_offset: bool
@@ -232,6 +240,14 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         for tensor, value in recording.assigned
         if id(tensor) in sources.lifted  # others are the program's own
     ]
+    leaves, gradients = [], []
+    for tensor, before, grad, seen in recording.gradients:
+        index = sources.lifted[id(tensor)]
+        if seen:
+            leaves.append((index, before))
+            before = None if before is None else recorder.twin_of(before)
+        if not seen or grad is not before:
+            gradients.append((index, sources.of(grad)))
     lifted = recorder.lifted()
     _check_generators(recorder, recording, state)
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
@@ -242,9 +258,13 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         for value, expected, is_value, source in recorder.guards()
     ]
     end = len(recorder)
-    backward = None
+    backward, spent = None, []
     if sources.differentiable:
-        backward = _backward(recorder, sources.differentiable, lifted, roots)
+        differentiable = sources.differentiable
+        if recording.ran_backward:
+            differentiable, spent = _unspent(recorder, differentiable)
+        if differentiable:
+            backward = _backward(recorder, differentiable, lifted, roots)
     graph, parameters = _C.lower(recorder, roots.values, num_exposed, 0, end)
     lifted = recorder.lifted()
     return Lowered(
@@ -257,11 +277,37 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         refills=refills,
         effects=effects,
         assigned=assigned,
+        leaves=leaves,
+        gradients=gradients,
+        required=[(sources.lifted[id(t)], now) for t, now in recording.required],
+        spent=spent,
         guards=guards,
         generators=recorder.generators(),
         uses_storage_offset=any(n.kind() == "aten::as_strided" for n in graph.nodes()),
         backward=backward,
     )
+
+
+def _unspent(
+    recorder: _C.Recorder, differentiable: list[tuple[FromRoot, torch.Tensor]]
+) -> tuple[list[tuple[FromRoot, torch.Tensor]], list[tuple[int, str]]]:
+    """Tell results with a backward from those whose backward raises, since it has run already."""
+    leaves = [twin for _tensor, twin, _c, _b in recorder.lifted() if twin.requires_grad]
+    fresh, spent = [], []
+    for source, result in differentiable:
+
+        def attempt(result: torch.Tensor = result) -> None:
+            torch.autograd.grad(
+                result, leaves, result.detach(), retain_graph=True, allow_unused=True
+            )
+
+        try:
+            recorder.resumed(attempt)
+        except RuntimeError as e:
+            spent.append((source.root, str(e)))
+        else:
+            fresh.append((source, result))
+    return fresh, spent
 
 
 def _backward(
@@ -436,6 +482,7 @@ class _Sources:
         everything = [recording.result, list(recording.refilled.values())]
         everything += [c.value for c in recording.changes]
         everything += [value for _tensor, value in recording.assigned]
+        everything += [grad for _tensor, _before, grad, _seen in recording.gradients]
         self._count(everything)
 
     def _count(self, values: list[Any]) -> None:

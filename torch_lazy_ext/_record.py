@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Capture:
 
     Attributes:
         assigned: id of a tensor -> the tensor and what the program assigned to its `.data`.
+        gradients: id of a leaf -> the leaf, the gradient that it had before the program, and
+            whether the program saw that one (not if it only set another).
+        required: id of a tensor -> the tensor, for those whose `requires_grad` the program set.
+        ran_backward: whether the program called `backward()`.
     """
 
     _lock = threading.Lock()
@@ -42,6 +46,10 @@ class Capture:
     def __init__(self, recorder: _C.Recorder) -> None:
         self.recorder = recorder
         self.assigned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
+        self.required: dict[int, torch.Tensor] = {}
+        self.ran_backward = False
+        self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
         self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, random calls so far
 
     def __enter__(self) -> Capture:
@@ -65,6 +73,16 @@ class Capture:
         return isinstance(tensor, torch.Tensor) and (
             _C.is_capture_tensor(tensor) or self.recorder.is_liftable(tensor)
         )
+
+    def lift_argument(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The twin of an argument: the program is given no other tensor."""
+        twin = self.recorder.lift(tensor)
+        self._arguments[id(twin)] = tensor
+        return twin
+
+    def _user(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The tensor that existed before the program; None for one that the program made."""
+        return self._arguments.get(id(tensor)) if _C.is_capture_tensor(tensor) else tensor
 
     # ------------------------------------------------------- what handlers answer
 
@@ -141,34 +159,87 @@ class Capture:
             return  # what `module.to()` does to a module that is there already
         new = new.detach()
         new.requires_grad_(tensor.requires_grad)
+        if id(tensor) in self.gradients:
+            new.grad = twin.grad
         self.recorder.rebind(tensor, new)
         self.assigned[id(tensor)] = (tensor, new)
 
+    # The gradient of a lifted leaf is that of its twin, where autograd accumulates it.
+
+    def adopt(self, tensor: torch.Tensor, seen: bool = True) -> torch.Tensor:
+        """The twin of a leaf, with the gradient that the leaf has."""
+        twin = self.recorder.twin_of(tensor)
+        if id(tensor) not in self.gradients:
+            grad = _grad_of(tensor)
+            self.gradients[id(tensor)] = (tensor, grad, seen)
+            if grad is not None and seen:
+                if not self.recorder.is_liftable(grad):
+                    raise UnsupportedError(
+                        f"the program uses a gradient that is {_C.unsupported_kind(grad)}, which "
+                        "a graph cannot hold: set it to None, or make it dense, before the call"
+                    )
+                twin.grad = self.recorder.twin_of(grad)
+        return twin
+
+    def zero_grad(self, func: Any, owner: Any, set_to_none: bool = True) -> None:
+        # Whether there are gradients decides nothing when they all become None.
+        groups = getattr(owner, "param_groups", None)
+        if set_to_none:
+            for p in owner.parameters() if groups is None else _parameters(groups):
+                if self.owns(p):
+                    p.grad = None
+        func(owner, set_to_none)
+
     def get_grad(self, func: Any, tensor: torch.Tensor) -> Any:
-        if _C.is_capture_tensor(tensor) or func(tensor) is None:
+        leaf = self._user(tensor)
+        if leaf is None or not leaf.is_leaf:
             return func(tensor)
-        raise UnsupportedError(
-            "the program reads the gradient of a tensor that existed before the capture: pass the "
-            "gradient as an argument"
-        )
+        grad = func(self.adopt(leaf))
+        _leaf, user, seen = self.gradients[id(leaf)]
+        if seen and user is not None and self.recorder.twin_of(user) is grad:
+            return user
+        return grad
 
     def set_grad(self, func: Any, tensor: torch.Tensor, *value: Any) -> Any:
-        if _C.is_capture_tensor(tensor):
+        leaf = self._user(tensor)
+        if value and isinstance(value[0], torch.Tensor):
+            value = (self.recorder.twin_of(value[0]),)
+        if leaf is None or not leaf.is_leaf:
             return func(tensor, *value)
-        raise UnsupportedError(
-            "the program sets the gradient of a tensor that existed before the capture: return "
-            "the gradient instead"
-        )
+        twin = self.adopt(leaf, seen=False)
+        return func(twin, *value)
+
+    def backward(self, func: Any, *args: Any, **kwargs: Any) -> None:
+        for tensor, twin, constant, _base in self.recorder.lifted():
+            if not constant and twin.requires_grad and twin.is_leaf and tensor.is_leaf:
+                self.adopt(tensor)
+        self.ran_backward = True
+        func(*args, **kwargs)
+        self._collect_gradients()
+
+    def _collect_gradients(self) -> None:
+        """What a custom autograd.Function, which sees no twins, left in the user's own leaves."""
+        for tensor, before, _seen in self.gradients.values():
+            grad = _grad_of(tensor)
+            if grad is not before:
+                _set_grad(tensor, before)
+                twin = self.recorder.twin_of(tensor)
+                if grad is not None:
+                    known = _grad_of(twin)
+                    twin.grad = grad if known is None else known + grad
+
+    def get_requires_grad(self, func: Any, tensor: torch.Tensor) -> Any:
+        return func(self.recorder.twin_of(tensor) if id(tensor) in self.required else tensor)
 
     def requires_grad_(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        wanted = bool(args[0] if args else kwargs.get("requires_grad", True))
-        if _C.is_capture_tensor(tensor) and self.recorder.describe(tensor).lifted < 0:
+        user = self._user(tensor)
+        if user is None:
             return func(tensor, *args, **kwargs)
-        if tensor.requires_grad != wanted:
-            raise UnsupportedError(
-                f"the program sets requires_grad={wanted} on a tensor that existed before the "
-                "capture: set it before the capture"
-            )
+        twin = self.recorder.twin_of(user)
+        wanted = bool(args[0] if args else kwargs.get("requires_grad", True))
+        if twin.requires_grad != wanted:
+            func(twin, *args, **kwargs)
+            self.required[id(user)] = user
         return tensor
 
     def deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -200,6 +271,10 @@ def _read(
     return result
 
 
+# The slot itself, also while a capture has the property replaced.
+_grad_of = torch._C.TensorBase.grad.__get__
+_set_grad = torch._C.TensorBase.grad.__set__
+
 _METHODS: dict[str, Callable[..., Any]] = {
     "tolist": Capture.read,
     "numpy": Capture.read,
@@ -218,10 +293,10 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "__dlpack__": Capture.refuse,
     "__reduce_ex__": Capture.refuse,
 }
-_PROPERTIES: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any]]] = {
+_PROPERTIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "data": (Capture.get_data, Capture.set_data),
     "grad": (Capture.get_grad, Capture.set_grad),
-    "requires_grad": (None, Capture.requires_grad_),
+    "requires_grad": (Capture.get_requires_grad, Capture.requires_grad_),
 }
 # Their C++ code reads the tensors in nested lists.
 _FROM_DATA = [
@@ -254,7 +329,7 @@ def _method(original: Any, handler: Callable[..., Any]) -> Any:
 
 def _property(original: Any, getter: Any, setter: Any) -> property:
     return property(
-        original.__get__ if getter is None else _method(original.__get__, getter),
+        _method(original.__get__, getter),
         _method(original.__set__, setter),
         _method(original.__delete__, setter),
     )
@@ -296,6 +371,9 @@ def _install() -> None:
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
         replace(torch, name, function)
+    for owner in (torch.nn.Module, torch.optim.Optimizer):
+        replace(owner, "zero_grad", _function(owner.zero_grad, Capture.zero_grad))
+    replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
     for owner, name in _FROM_DATA:
         replace(owner, name, _from_data(getattr(owner, name)))
 
@@ -309,6 +387,11 @@ def _remove() -> None:
             setattr(owner, name, before)
 
 
+def _parameters(groups: list[dict[str, Any]]) -> Iterator[torch.Tensor]:
+    for group in groups:
+        yield from group["params"]
+
+
 class Recording:
     """A finished capture.
 
@@ -320,6 +403,10 @@ class Recording:
         refilled: position in `containers` -> the container, for those the program changed.
         changes: what the program did to its state; taken back already.
         assigned: tensors and what was assigned to their `.data`.
+        gradients: leaves whose gradient the program read or set: the leaf, its gradient before
+            the program, what it is afterwards, and whether the program saw the one before.
+        required: tensors whose `requires_grad` the program changed, and what it is now.
+        ran_backward: whether the program called `backward()`.
     """
 
     def __init__(self, recorder: _C.Recorder) -> None:
@@ -330,6 +417,11 @@ class Recording:
         self.refilled: dict[int, Any] = {}
         self.changes: list[_lift.Change] = []
         self.assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.gradients: list[
+            tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]
+        ] = []
+        self.required: list[tuple[torch.Tensor, bool]] = []
+        self.ran_backward = False
 
 
 def record(
@@ -374,15 +466,12 @@ def record(
                 f"an argument is {_C.unsupported_kind(leaf) or 'a tensor of another capture'}, "
                 "which a graph cannot hold: pass dense tensors and convert outside of the program"
             )
-        return recorder.lift(leaf)
+        return capture.lift_argument(leaf)
 
-    recording = Recording(recorder)
+    recording, capture = Recording(recorder), Capture(recorder)
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     before = [_tree.parts(c) for c in recording.containers]
-    capture = Capture(recorder)
-    gradients = [
-        (t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf
-    ]
+    leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     try:
         with capture:
             recording.result = fn(*own_args, **own_kwargs)
@@ -391,16 +480,31 @@ def record(
         raise
     finally:
         recording.changes = state.take_back()
-        moved = [(t, grad) for t, grad in gradients if t.grad is not grad]
+        moved = [(t, grad) for t, grad in leaves if t.grad is not grad]
         for tensor, grad in moved:
             tensor.grad = grad
-    twins = [twin for _user, twin, constant, _base in recorder.lifted() if not constant]
-    if moved or any(t.is_leaf and t.grad is not None for t in twins):
+    strays = [
+        twin
+        for user, twin, constant, _base in recorder.lifted()
+        if not constant and id(user) not in capture.gradients
+    ]
+    if moved or any(t.is_leaf and t.grad is not None for t in strays):
         recorder.release()
         raise UnsupportedError(
-            "the program accumulates gradients (backward()) in tensors that existed before the "
-            "capture: use torch.autograd.grad and return the gradients"
+            "backward() reaches a tensor whose history begins outside of the program, or is not "
+            "called as Tensor.backward or torch.autograd.backward: detach what the program is "
+            "given, or use torch.autograd.grad"
         )
+    recording.gradients = [
+        (t, before, recorder.twin_of(t).grad, seen)
+        for t, before, seen in capture.gradients.values()
+    ]
+    recording.ran_backward = capture.ran_backward
+    recording.required = [
+        (t, now)
+        for t in capture.required.values()
+        if (now := recorder.twin_of(t).requires_grad) != t.requires_grad
+    ]
     for i, (container, old) in enumerate(zip(recording.containers, before)):
         now = _tree.parts(container)
         assert now is not None and old is not None
@@ -430,6 +534,7 @@ def _release_kept(recording: Recording) -> None:
     expected: dict[int, torch.Tensor] = {}  # held, so that no id is given to another object
     roots = [recording.result, recording.containers]
     roots += [c.value for c in recording.changes] + [t for pair in recording.assigned for t in pair]
+    roots += [grad for _tensor, _before, grad, _seen in recording.gradients]
     _reach(roots, expected)
     for user, twin, _constant, _base in recorder.lifted():
         expected[id(user)] = user

@@ -120,6 +120,21 @@ class Guard:
         return f"{what} at {self.source}" if self.source else what
 
 
+class _Gradient:
+    """As a getter: the gradient of the lifted tensor `leaf`."""
+
+    __slots__ = ("leaf",)
+
+    def __init__(self, leaf: int) -> None:
+        self.leaf = leaf
+
+
+def _fetch(getter: Any, leaves: list[Any]) -> Any:
+    if type(getter) is int:
+        return leaves[getter]
+    return getter.read() if isinstance(getter, _lift.Slot) else getter
+
+
 class Specialization:
     """One variant of a program: its graph, what it reads, and when it may be used.
 
@@ -176,13 +191,16 @@ class Specialization:
         self._same_objects: list[tuple[_lift.Slot, int]] = []
         self._tied: list[tuple[_lift.Slot, _lift.Slot]] = []  # hold one tensor
         members: dict[int, list[int]] = {}
+        leaf_of = {id(grad): leaf for leaf, grad in lowered.leaves if grad is not None}
         for i, (tensor, constant, base) in enumerate(lowered.lifted):
             slots = [] if constant else state.slots_of(tensor)
             slot = slots[0] if slots else None
             self._tied.extend((slots[0], other) for other in slots[1:])
             if base >= 0 and base != i:
                 members.setdefault(base, []).append(i)
-            if id(tensor) in position and not constant:
+            if id(tensor) in leaf_of and not constant:
+                self._getters.append(_Gradient(leaf_of[id(tensor)]))
+            elif id(tensor) in position and not constant:
                 self._getters.append(position[id(tensor)])
                 if slot is not None:
                     self._same_objects.append((slot, position[id(tensor)]))
@@ -191,6 +209,12 @@ class Specialization:
             else:
                 self._getters.append(slot)
                 self._state_guards.append((slot, _TensorGuard(tensor, with_offset)))
+        # What the gradients of leaves must be like: None, or tensors.
+        self._leaves = [
+            (self._getters[leaf], None if grad is None else _TensorGuard(grad, with_offset))
+            for leaf, grad in lowered.leaves
+        ]
+        lowered.leaves = []
         # Tensors lifted as views of one storage: (whole storage, [(member, offset)], bytes).
         self._groups = []
         for base, indices in members.items():
@@ -248,7 +272,13 @@ class Specialization:
             return False
         if any(a.read() is not b.read() for a, b in self._tied):
             return False
-        return all(guard.check(slot.read()) for slot, guard in self._state_guards)
+        if not all(guard.check(slot.read()) for slot, guard in self._state_guards):
+            return False
+        for getter, guard in self._leaves:
+            grad = _fetch(getter, leaves).grad
+            if not (grad is None if guard is None else guard.check(grad)):
+                return False
+        return True
 
     def may_follow(self, observed: list[torch.Tensor]) -> bool:
         """Whether this variant went the way that another one's guards have shown."""
@@ -286,6 +316,7 @@ class Specialization:
         self.hits += 1
         if self._backward is not None:
             values = _gradients.attach(self._backward, self._written(tensors), tensors, values)
+        values = _gradients.spend(self._lowered.spent, values)
         return self._finish(flat, tensors, values)
 
     def _written(self, tensors: list[torch.Tensor]) -> set[int]:
@@ -294,10 +325,12 @@ class Specialization:
         return {tensors[w.index].untyped_storage().data_ptr() for w in writes}
 
     def _gather(self, leaves: list[Any]) -> list[torch.Tensor]:
-        tensors = [
-            leaves[g] if type(g) is int else g.read() if type(g) is _lift.Slot else g
-            for g in self._getters
-        ]
+        tensors: list[Any] = []
+        for getter in self._getters:
+            if type(getter) is _Gradient:
+                tensors.append(tensors[getter.leaf].grad)
+            else:
+                tensors.append(_fetch(getter, leaves))
         for base, members, nbytes in self._groups:
             storage = tensors[members[0][0]].untyped_storage()
             for i, offset in members:
@@ -341,6 +374,10 @@ class Specialization:
             new_data = [(index, take(source)) for index, source in lowered.assigned]
             for index, value in new_data:
                 tensors[index].data = value
+            for index, required in lowered.required:
+                tensors[index].requires_grad_(required)
+            for index, source in lowered.gradients:
+                tensors[index].grad = take(source)
         result = take(lowered.result)
         for position, built in lowered.refills:
             _tree.fill(flat.containers[position], built.shape, [take(c) for c in built.children])

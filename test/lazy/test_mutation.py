@@ -471,9 +471,6 @@ expected_failures(
 expected_failures(
     {
         "test_data_of_other_shape": "a `.data` assignment that changes the shape is refused",
-        "test_grad": "reading or writing `.grad` of a tensor that existed before is refused",
-        "test_grad_is_argument": "reading or writing `.grad` of a tensor that existed before is refused",
-        "test_requires_grad_": "changing requires_grad of a tensor that existed before is refused",
         "test_set_source_view": "after Tensor.set_ the version counters and the size of the storage are not eager's",
         "test_set_then_write": "writing to a tensor after Tensor.set_ is refused",
         "test_set_to_empty": "after Tensor.set_ the version counters and the size of the storage are not eager's",

@@ -967,8 +967,6 @@ expected_failures(
 )(OutsideChangeTest)
 expected_failures(
     {
-        "test_grad_read": "reading or writing `.grad` of a tensor that existed before is refused",
-        "test_grad_written": "reading or writing `.grad` of a tensor that existed before is refused",
     }
 )(InsideChangeTest)
 expected_failures(
