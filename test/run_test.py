@@ -1,263 +1,209 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Runs the test files under test/, each in its own process, and counts their tests.
 
-    python test/run_test.py                                    everything
+    python test/run_test.py                                    everything but slow tests
     python test/run_test.py -i lazy/test_extract_compiled_graph -v
     python test/run_test.py -k inplace                         tests with "inplace" in their name
-    python test/run_test.py --shard 1 4                        the first of four parts
+    python test/run_test.py --slow --shard 1 4                 the first of four parts
+    python test/run_test.py --failed-first --keep-going        what failed last time, then the rest
     python test/run_test.py -- --failfast                      options for unittest
 
 The last line of the output is `N passed, N failed, N skipped`, summed over the tests of all files:
 an expected failure counts as passed, an unexpected success as failed. A test that takes its
-process down counts as failed, and the file's other tests run in a new process. The exit status is
-0 if nothing failed and at least one test ran (or was skipped), else 1.
+process down, or takes longer than --timeout, counts as failed, and the file's other tests run in a
+new process. A test that passes when it is run again (--reruns) counts as passed and is reported as
+flaky. The exit status is 0 if nothing failed and at least one test ran (or was skipped), else 1.
+
+With argcomplete installed, `eval "$(register-python-argcomplete test/run_test.py)"` makes the
+shell complete the names of files.
 """
 
+from __future__ import annotations
+
 import argparse
-import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 TEST_DIR = Path(__file__).resolve().parent
-OUTCOMES = ("passed", "failed", "skipped")
+sys.path.insert(0, str(TEST_DIR.parent))
+
+from tools.stats.test_times import TestTimes  # noqa: E402
+from tools.testing import progress, results, run_process, schedule, shards  # noqa: E402
+from tools.testing.discover_tests import discover, folders, normalize, select  # noqa: E402
+from tools.testing.run_process import Options, Work  # noqa: E402
+
+REPORTS = TEST_DIR / "test-reports"
+FAILED = TEST_DIR.parent / ".test_cache" / "failed.json"
+SLOW_VARIABLE = "PYTORCH_TEST_WITH_SLOW"
 
 
-@dataclasses.dataclass
-class TestResult:
-    """What became of one test."""
-
-    test: str  # unittest's id, "module.Class.method"
-    outcome: str  # one of OUTCOMES
-    seconds: float
-    note: str = ""  # how the process ended, where the test took it down
-
-
-@dataclasses.dataclass
-class FileResult:
-    """The results of one file's tests, and what its processes printed."""
-
-    name: str
-    tests: list[TestResult]
-    seconds: float
-    output: str
-
-
-def counts(results: list[TestResult]) -> str:
-    """The line people and tools read: "N passed, N failed, N skipped"."""
-    outcomes = [r.outcome for r in results]
-    return ", ".join(f"{outcomes.count(o)} {o}" for o in OUTCOMES)
-
-
-def discover() -> list[str]:
-    """Names of all test files, sorted: paths below test/, without ".py"."""
-    paths = TEST_DIR.rglob("test_*.py")
-    return sorted(p.relative_to(TEST_DIR).with_suffix("").as_posix() for p in paths)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` (as given to -i or -x) is the name of a file or of a folder it is in."""
-    pattern = pattern.removeprefix("test/").removesuffix(".py").rstrip("/")
-    return name == pattern or name.startswith(pattern + "/")
-
-
-def select(
-    names: list[str], include: list[str], exclude: list[str], shard: tuple[int, int]
-) -> list[str]:
-    """The files to run: those included (all, if none is), less those excluded, of this shard.
-
-    `shard` is (K, N) with 1 <= K <= N: files are dealt out in turn to N shards, this is the K-th.
-    Raises ValueError for a pattern that matches no file.
-    """
-    for pattern in include + exclude:
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(f"no test file is called {pattern!r}; --dry-run lists them")
-    included = [n for n in names if not include or any(matches(n, p) for p in include)]
-    chosen = [n for n in included if not any(matches(n, p) for p in exclude)]
-    k, n = shard
-    return chosen[k - 1 :: n]
-
-
-def describe_exit(returncode: int) -> str:
-    """How a process ended, in words."""
-    if returncode < 0:
-        return f"killed by {signal.Signals(-returncode).name}"
-    return f"exited with status {returncode}"
-
-
-def run_process(
-    name: str, done: set[str], unittest_args: list[str], env: dict[str, str], live: bool
-) -> tuple[list[TestResult], str, bool]:
-    """Run the tests of file `name`, except those in `done`, in one process.
-
-    Returns their results, what the process printed (nothing if `live`: then it prints to this
-    process's output), and whether it ended before it had run all of them.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        events_path, done_path = Path(folder, "events"), Path(folder, "done")
-        events_path.touch()
-        done_path.write_text("\n".join(done))
-        process = subprocess.run(
-            [
-                sys.executable,
-                str(TEST_DIR / "_run_file.py"),
-                str(TEST_DIR / f"{name}.py"),
-                str(events_path),
-                str(done_path),
-                *unittest_args,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=None if live else subprocess.PIPE,
-            stderr=None if live else subprocess.STDOUT,
-            env=env,
-            text=True,
-            errors="replace",
-        )
-        events = [json.loads(line) for line in events_path.read_text().splitlines()]
-
-    results = []
-    running, started = None, False
-    for event in events:
-        if event["event"] == "start":
-            running, started = event["test"], True
-        elif event["event"] == "result":
-            results.append(TestResult(event["test"], event["outcome"], event["seconds"]))
-            running = None
-    finished = bool(events) and events[-1]["event"] == "end"
-    if not finished:
-        note = describe_exit(process.returncode)
-        results.append(TestResult(running or f"{name} (outside any test)", "failed", 0.0, note))
-    elif process.returncode != 0:
-        note = describe_exit(process.returncode)
-        results.append(TestResult(f"{name} (after its last test)", "failed", 0.0, note))
-    # Without a test in it, the next process would only end in the same way.
-    return results, process.stdout or "", not finished and started
-
-
-def run_file(name: str, unittest_args: list[str], env: dict[str, str], live: bool) -> FileResult:
-    """Run all tests of one file: in one process, or one more for each that a test took down."""
-    begin = time.perf_counter()
-    tests: list[TestResult] = []
-    output = ""
-    unfinished = True
-    while unfinished:
-        done = {result.test for result in tests}
-        results, printed, unfinished = run_process(name, done, unittest_args, env, live)
-        tests += results
-        output += printed
-    return FileResult(name, tests, time.perf_counter() - begin, output)
+def default_jobs() -> int:
+    """One process for each core at hand, at most four."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options; `unittest_args` holds those for unittest, `shard` is checked."""
+    """The options, checked; `unittest_args` holds those for unittest."""
     end = argv.index("--") if "--" in argv else len(argv)
+    names = discover(TEST_DIR)
+    choices = [*names, *folders(names)]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "-i",
-        "--include",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help="run only these files or folders, named as in lazy/test_extract_compiled_graph",
-    )
-    parser.add_argument(
-        "-x",
-        "--exclude",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help="leave out these files or folders",
-    )
-    parser.add_argument(
-        "-k",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="run only tests whose name matches, as for unittest; can be given again",
-    )
-    parser.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="name each test, and show what the tests print as they run, not only on failure",
-    )
-    parser.add_argument(
-        "--shard",
-        nargs=2,
-        type=int,
-        default=[1, 1],
-        metavar=("K", "N"),
-        help="run the K-th of N parts, counted from 1; the parts together are everything",
-    )
-    parser.add_argument(
-        "--continue-through-error",
-        action="store_true",
+    selection = parser.add_argument_group("which tests")
+    for short, long, text in (
+        ("-i", "--include", "run only these files or folders: lazy/test_state, lazy"),
+        ("-x", "--exclude", "leave out these files or folders"),
+    ):
+        selection.add_argument(
+            short, long, nargs="+", action="extend", default=[], metavar="NAME",
+            type=normalize, choices=choices, help=text,
+        )  # fmt: skip
+    selection.add_argument(
+        "-k", action="append", default=[], metavar="PATTERN",
+        help="only tests whose name matches, as for unittest; can be given again",
+    )  # fmt: skip
+    selection.add_argument(
+        "--slow", action="store_true", default=os.environ.get(SLOW_VARIABLE) == "1",
+        help=f"slow tests too; the same as {SLOW_VARIABLE}=1",
+    )  # fmt: skip
+    selection.add_argument(
+        "--shard", nargs=2, type=int, default=[1, 1], metavar=("K", "N"),
+        help="the K-th of N parts that take about equally long, counted from 1; together they "
+        "are everything",
+    )  # fmt: skip
+    running = parser.add_argument_group("how to run them")
+    running.add_argument(
+        "--continue-through-error", "--keep-going", action="store_true",
         help="run the files after one that failed too",
+    )  # fmt: skip
+    running.add_argument(
+        "--failed-first", action="store_true", help="begin with the tests that failed last time"
     )
-    parser.add_argument(
-        "--slow",
-        action="store_true",
-        help="run slow tests too: sets PYTORCH_TEST_WITH_SLOW=1",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list the files, run nothing")
+    running.add_argument(
+        "--jobs", type=int, default=default_jobs(), metavar="N",
+        help="how many files to run at a time (here %(default)s)",
+    )  # fmt: skip
+    running.add_argument(
+        "--reruns", type=int, default=0, metavar="N",
+        help="run a failed test again, up to N times; one that passes then is flaky",
+    )  # fmt: skip
+    running.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help="how long a test may take (default: 600, 3600 with --slow)",
+    )  # fmt: skip
+    running.add_argument("--dry-run", action="store_true", help="list the files, run nothing")
+    output = parser.add_argument_group("what to show")
+    output.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="name each test and show what it prints, not only on failure",
+    )  # fmt: skip
+    output.add_argument(
+        "--save-xml", nargs="?", type=Path, const=REPORTS, metavar="DIR",
+        help="write the results as JUnit XML (to test/test-reports)",
+    )  # fmt: skip
+    try:
+        import argcomplete
+    except ModuleNotFoundError:
+        pass
+    else:
+        argcomplete.autocomplete(parser)
     args = parser.parse_args(argv[:end])
     k, n = args.shard
     if not 1 <= k <= n:
         parser.error(f"--shard K N needs 1 <= K <= N, not {k} {n}")
-    args.unittest_args = [
-        *(["-v"] if args.verbose else []),
-        *(f"-k{pattern}" for pattern in args.k),
-        *argv[end + 1 :],
-    ]
+    if args.jobs < 1:
+        parser.error("--jobs needs at least 1")
+    if args.timeout is None:
+        args.timeout = 3600.0 if args.slow else 600.0
+    args.names = select(names, args.include, args.exclude)
+    args.chosen = [*(f"-k{pattern}" for pattern in args.k), *argv[end + 1 :]]
+    args.unittest_args = [*(["-v"] if args.verbose else []), *args.chosen]
     return args
+
+
+def environment(slow: bool, jobs: int) -> dict[str, str]:
+    """The environment of the test processes: the cores are divided among them."""
+    env = dict(os.environ)
+    if jobs > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+    env[SLOW_VARIABLE] = "1" if slow else "0"
+    return env
+
+
+def read_failed() -> dict[str, list[str]]:
+    """The tests that failed when they ran last, by file."""
+    return json.loads(FAILED.read_text()) if FAILED.exists() else {}
+
+
+def remember_failed(files: list[results.FileResult], whole: bool) -> None:
+    """Keep for --failed-first which tests failed; those that did not run stay as they were.
+
+    `whole` says that all tests of `files` ran, so that others of these files are gone.
+    """
+    failed = {name: set(tests) for name, tests in read_failed().items()}
+    if whole:
+        failed = {
+            name: tests for name, tests in failed.items() if name not in {f.file for f in files}
+        }
+    for file in files:
+        tests = failed.setdefault(file.file, set())
+        for r in file.tests:
+            (tests.add if r.outcome == "failed" else tests.discard)(r.test)
+    FAILED.parent.mkdir(exist_ok=True)
+    FAILED.write_text(json.dumps({name: sorted(t) for name, t in failed.items() if t}))
+
+
+def choose_works(args: argparse.Namespace, options: Options) -> list[Work]:
+    """What to run, in this order."""
+    times = TestTimes.load(args.slow)
+
+    def list_tests(work: Work) -> list[str]:
+        return run_process.list_tests(work, options)
+
+    k, n = args.shard
+    works = shards.plan([Work(name) for name in args.names], times, n, list_tests)[k - 1]
+    if args.jobs > 1 and not args.dry_run:
+        works = [w for part in shards.plan(works, times, args.jobs, list_tests) for w in part]
+        works.sort(key=lambda w: -w.seconds)  # A long one must not be the last one.
+    return sorted(works, key=lambda w: w.file not in options.first)
 
 
 def main(argv: list[str]) -> int:
     """Run what the options in `argv` say; returns the exit status."""
     args = parse_args(argv)
-    try:
-        names = select(discover(), args.include, args.exclude, tuple(args.shard))
-    except ValueError as e:
-        print(f"run_test.py: error: {e}", file=sys.stderr)
-        return 2
-    env = {**os.environ, **({"PYTORCH_TEST_WITH_SLOW": "1"} if args.slow else {})}
-
-    files: list[FileResult] = []
-    for i, name in enumerate(names):
-        print(name, end="\n" if args.dry_run or args.verbose else " ... ", flush=True)
-        if args.dry_run:
-            continue
-        file = run_file(name, args.unittest_args, env, live=args.verbose)
-        files.append(file)
-        failed = any(t.outcome == "failed" for t in file.tests)
-        line = f"{counts(file.tests)} in {file.seconds:.1f} s"
-        print(f"{name}: {line}" if args.verbose else line, flush=True)
-        if failed:
-            print(file.output, flush=True)
-            if not args.continue_through_error and i + 1 < len(names):
-                print(
-                    f"stopped after {name}, {len(names) - i - 1} files not run "
-                    "(--continue-through-error runs them)"
-                )
-                break
-
-    for file in files:
-        for t in file.tests:
-            if t.outcome == "failed":
-                print(f"FAILED {file.name}: {t.test}" + (f" ({t.note})" if t.note else ""))
-    tests = [t for file in files for t in file.tests]
-    print(counts(tests), flush=True)
+    options = Options(
+        test_dir=TEST_DIR,
+        unittest_args=args.unittest_args,
+        env=environment(args.slow, args.jobs),
+        timeout=args.timeout,
+        reruns=args.reruns,
+        first=read_failed() if args.failed_first else {},
+        live=args.verbose and args.jobs == 1,
+    )
+    works = choose_works(args, options)
     if args.dry_run:
+        print("\n".join([*map(progress.describe, works), results.counts([])]))
         return 0
+
+    with progress.choose()(works) as shown:
+        files, left = schedule.run_all(
+            works, options, args.jobs, shown, args.continue_through_error, args.verbose
+        )
+    k, n = args.shard
+    remember_failed(files, whole=n == 1 and not left and not args.chosen)
+    if args.save_xml is not None:
+        results.save_xml(args.save_xml, files, f"-shard{k}of{n}" if n > 1 else "")
+    if left:
+        print(
+            f"stopped after a failure, {len(left)} files not run (--continue-through-error "
+            f"runs them): {' '.join(progress.describe(w) for w in left)}"
+        )
+    tests = [t for file in files for t in file.tests]
+    print(results.summary(tests, args.slow), flush=True)
     return 1 if not tests or any(t.outcome == "failed" for t in tests) else 0
 
 

@@ -2,13 +2,21 @@
 
 """run_test.py on small trees of test files, written for each test."""
 
+import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import unittest
 from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
 
 PASSING = """
     import unittest
@@ -52,10 +60,15 @@ class RunTestTest(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        self.test_dir = Path(folder.name) / "test"
+        self.root = Path(folder.name)
+        self.test_dir = self.root / "test"
         self.test_dir.mkdir()
-        for name in ("run_test.py", "_run_file.py"):
-            shutil.copy(Path(__file__).parent / name, self.test_dir)
+        shutil.copy(ROOT / "test" / "run_test.py", self.test_dir)
+        for name in ("tools/__init__.py", "tools/testing", "tools/stats/__init__.py"):
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, path)
+        shutil.copy(ROOT / "tools" / "stats" / "test_times.py", self.root / "tools" / "stats")
 
     def write(self, **files):
         """Write each file; "__" in a name stands for a folder."""
@@ -70,6 +83,8 @@ class RunTestTest(unittest.TestCase):
             [sys.executable, str(self.test_dir / "run_test.py"), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            # Neither this run nor its caller's terminal belongs to what is tested.
+            env={k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_TEST")},
             text=True,
         )
         self.assertEqual(process.returncode, status, process.stdout)
@@ -175,7 +190,9 @@ class RunTestTest(unittest.TestCase):
         self.assertCounts(lines, 3, 2, 0)
         self.assertIn("FAILED test_a: test_a.A.test_2_crash (killed by SIGSEGV)", lines)
         self.assertIn("FAILED test_a: test_a.A.test_4_exit (exited with status 0)", lines)
-        self.assertTrue(any("Fatal Python error" in line for line in lines), lines)
+        # Where it crashed.
+        self.assertIn("Fatal Python error: Segmentation fault", lines)
+        self.assertTrue(any("line 9 in test_2_crash" in line for line in lines), lines)
 
     def test_crash_outside_tests(self):
         die = "import os, signal\nos.kill(os.getpid(), signal.SIGABRT)"
@@ -194,10 +211,11 @@ class RunTestTest(unittest.TestCase):
 
     def test_continue_through_error(self):
         self.write(test_a=MIXED, test_b=PASSING)
-        stopped = self.run_test(status=1)
+        stopped = self.run_test("--jobs", "1", status=1)
         self.assertCounts(stopped, 2, 3, 1)
         self.assertTrue(any("1 files not run" in line for line in stopped), stopped)
         self.assertCounts(self.run_test("--continue-through-error", status=1), 4, 3, 1)
+        self.assertCounts(self.run_test("--keep-going", status=1), 4, 3, 1)
 
     def test_include_exclude(self):
         self.write(test_a=PASSING, deep__test_b=PASSING, deep__test_c=PASSING)
@@ -212,6 +230,7 @@ class RunTestTest(unittest.TestCase):
         self.assertEqual(listed("--exclude", "deep"), ["test_a"])
         lines = self.run_test("-i", "test_z", status=2)
         self.assertIn("'test_z'", lines[-1])
+        self.assertIn("'deep/test_b'", lines[-1])
 
     def test_shards_are_everything_once(self):
         self.write(**{f"test_{c}": PASSING for c in "abcde"})
@@ -240,8 +259,18 @@ class RunTestTest(unittest.TestCase):
         self.write(test_a=PASSING)
         self.assertNotIn("one ran", "\n".join(self.run_test(status=0)))
         self.assertIn("one ran", "\n".join(self.run_test("-v", status=0)))
-        self.write(test_a=PASSING + "\n        def test_z(self):\n            self.fail()")
-        self.assertIn("one ran", "\n".join(self.run_test(status=1)))
+        self.assertIn("one ran", "\n".join(self.run_test("-v", "--jobs", "1", status=0)))
+        self.write(
+            test_a=PASSING
+            + """
+        def test_z(self):
+            print("z ran")
+            self.fail()
+"""
+        )
+        text = "\n".join(self.run_test(status=1))
+        self.assertIn("z ran", text)
+        self.assertNotIn("one ran", text)
 
     def test_slow(self):
         self.write(
@@ -256,6 +285,245 @@ class RunTestTest(unittest.TestCase):
         )
         self.assertCounts(self.run_test(status=0), 0, 0, 1)
         self.assertCounts(self.run_test("--slow", status=0), 1, 0, 0)
+
+    def test_hang_is_that_tests_failure(self):
+        """In Python, where SIGABRT is ignored, and after the last test."""
+        self.write(
+            test_a="""
+            import signal, time, unittest
+
+            class A(unittest.TestCase):
+                def test_1(self):
+                    pass
+
+                def test_2_hang(self):
+                    time.sleep(600)
+
+                def test_3(self):
+                    pass
+            """,
+            test_b="""
+            import atexit, time, unittest
+
+            atexit.register(time.sleep, 600)
+
+            class B(unittest.TestCase):
+                def test_1(self):
+                    pass
+            """,
+        )
+        lines = self.run_test("--keep-going", "--timeout", "1.5", status=1)
+        self.assertCounts(lines, 3, 2, 0)
+        self.assertIn("FAILED test_a: test_a.A.test_2_hang (timed out after 1.5 s)", lines)
+        self.assertIn("FAILED test_b: test_b (after its last test) (timed out after 1.5 s)", lines)
+        self.assertTrue(any("line 9 in test_2_hang" in line for line in lines), lines)
+
+    def test_what_a_test_leaves_running_ends(self):
+        self.write(
+            test_a="""
+            import subprocess, sys, unittest
+
+            class A(unittest.TestCase):
+                def test_1(self):
+                    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+                    print("child", child.pid)
+            """
+        )
+        text = "\n".join(self.run_test("-v", status=0))
+        pid = int(re.search(r"child (\d+)", text)[1])
+        deadline = time.monotonic() + 10
+        while self.runs(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.assertFalse(self.runs(pid))
+
+    def runs(self, pid):
+        """Whether the process is there, and not only because nobody asked how it ended."""
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    FLAKY = """
+        import unittest
+        from pathlib import Path
+
+        class A(unittest.TestCase):
+            def test_flaky(self):
+                path = Path(__file__).with_name("ran")
+                ran = int(path.read_text()) if path.exists() else 0
+                path.write_text(str(ran + 1))
+                self.assertEqual(ran, 2, "as flaky ones do")
+
+            def test_never(self):
+                self.fail("always")
+    """
+
+    def test_reruns(self):
+        self.write(test_a=self.FLAKY)
+        lines = self.run_test("--reruns", "3", "--save-xml", str(self.root / "xml"), status=1)
+        self.assertCounts(lines, 1, 1, 0)
+        self.assertIn("FLAKY test_a: test_a.A.test_flaky: failed 2 of 3 runs", lines)
+        self.assertIn("FAILED test_a: test_a.A.test_never", lines)
+        self.assertEqual(sum("as flaky ones do" in line for line in lines if "Error" in line), 2)
+        suite = ElementTree.parse(self.root / "xml" / "test_a.xml").getroot()
+        flaky, never = sorted(suite, key=lambda case: case.attrib["name"])
+        self.assertEqual([e.tag for e in flaky], ["flakyFailure"] * 2)
+        self.assertEqual(never.find("failure").tag, "failure")
+
+    def test_no_reruns(self):
+        self.write(test_a=self.FLAKY)
+        self.assertCounts(self.run_test(status=1), 0, 2, 0)
+
+    def test_rerun_after_a_crash(self):
+        self.write(
+            test_a="""
+            import os, unittest
+            from pathlib import Path
+
+            class A(unittest.TestCase):
+                def test_crash_once(self):
+                    path = Path(__file__).with_name("ran")
+                    if not path.exists():
+                        path.touch()
+                        os.abort()
+
+                def test_other(self):
+                    pass
+            """
+        )
+        lines = self.run_test("--reruns", "1", status=0)
+        self.assertCounts(lines, 2, 0, 0)
+        self.assertIn("FLAKY test_a: test_a.A.test_crash_once: failed 1 of 2 runs", lines)
+
+    def test_command_that_reruns(self):
+        self.write(deep__test_a=MIXED)
+        lines = self.run_test(status=1)
+        command = lines[lines.index("FAILED deep/test_a: test_a.A.test_fail") + 1].split()
+        self.assertEqual(command[:2], ["python", "test/run_test.py"])
+        self.assertCounts(self.run_test(*command[2:], status=1), 0, 1, 0)
+        self.assertIn("--slow", "\n".join(self.run_test("--slow", status=1)))
+
+    def test_xml(self):
+        mixed = MIXED.replace("as it should", "as it should \\x00 <&>")
+        self.write(deep__test_a=mixed, test_b="import unittest\nraise unittest.SkipTest('no b')")
+        self.run_test("--keep-going", "--save-xml", status=1)
+        reports = self.test_dir / "test-reports"
+        self.assertEqual(
+            sorted(p.name for p in reports.iterdir()), ["deep.test_a.xml", "test_b.xml"]
+        )
+        suite = ElementTree.parse(reports / "deep.test_a.xml").getroot()
+        self.assertEqual(
+            {k: suite.attrib[k] for k in ("name", "tests", "failures", "skipped")},
+            dict(name="deep/test_a", tests="6", failures="3", skipped="1"),
+        )
+        cases = {case.attrib["name"]: case for case in suite}
+        self.assertEqual(cases["test_pass"].attrib["classname"], "A")
+        self.assertIn("as it should ? <&>", cases["test_fail"].find("failure").text)
+        self.assertEqual(cases["test_skip"].find("skipped").attrib["message"], "always")
+        suite = ElementTree.parse(reports / "test_b.xml").getroot()
+        self.assertEqual(suite[0].find("skipped").attrib["message"], "no b")
+
+    def test_failed_first(self):
+        self.write(test_a=PASSING, test_b=MIXED)
+        self.run_test("--keep-going", "--jobs", "1", status=1)
+        lines = self.run_test("--failed-first", "--jobs", "1", "-v", status=1)
+        ran = [line.split()[0] for line in lines if re.match(r"test_\w+ \(", line)]
+        self.assertEqual(ran[:3], ["test_error", "test_fail", "test_unexpected_success"])
+        # What was mended is forgotten.
+        self.write(test_b=PASSING)
+        self.run_test("-i", "test_b", status=0)
+        listed = self.run_test("--dry-run", "--failed-first", status=0)
+        self.assertEqual(listed[:2], ["test_a", "test_b"])
+
+    def test_jobs(self):
+        """Two files that wait for each other."""
+        waiting = """
+            import time, unittest
+            from pathlib import Path
+
+            class A(unittest.TestCase):
+                def test_meet(self):
+                    here = Path(__file__)
+                    here.with_suffix(".here").touch()
+                    other = here.with_name("test_b.here" if here.stem == "test_a" else "test_a.here")
+                    deadline = time.monotonic() + 10
+                    while not other.exists():
+                        self.assertLess(time.monotonic(), deadline)
+                        time.sleep(0.01)
+        """
+        self.write(test_a=waiting, test_b=waiting)
+        self.assertCounts(self.run_test("--jobs", "2", status=0), 2, 0, 0)
+        self.run_test("--jobs", "0", status=2)
+
+    def test_progress_and_slowest(self):
+        self.write(
+            test_a=PASSING,
+            test_b="""
+            import time, unittest
+
+            class B(unittest.TestCase):
+                def test_slow(self):
+                    time.sleep(1.1)
+            """,
+        )
+        lines = self.run_test("--jobs", "1", status=0)
+        self.assertRegex(lines[0], r"^test_a: 2 passed, 0 failed, 0 skipped in .* s \[1/2")
+        self.assertRegex(lines[1], r"^test_b: 1 passed, 0 failed, 0 skipped in .* s \[2/2\]$")
+        self.assertEqual(lines[2], "slowest tests:")
+        self.assertRegex(lines[3], r"^ +1\.\d s  test_b: test_b.B.test_slow$")
+        self.assertEqual(len(lines), 5)
+
+    def test_interrupt(self):
+        """Ctrl-C ends the tests' processes with the runner."""
+        self.write(
+            test_a="""
+            import os, time, unittest
+            from pathlib import Path
+
+            class A(unittest.TestCase):
+                def test_hang(self):
+                    Path(__file__).with_name("pid").write_text(str(os.getpid()))
+                    time.sleep(600)
+            """
+        )
+        process = subprocess.Popen(
+            [sys.executable, str(self.test_dir / "run_test.py")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        path = self.test_dir / "pid"
+        deadline = time.monotonic() + 20
+        while not (path.exists() and path.read_text()):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        self.assertNotEqual(process.wait(20), 0)
+        self.assertFalse(self.runs(int(path.read_text())))
+
+    def test_shards_run_every_test_once(self):
+        """A file that is longer than its share is split, also among the jobs of a shard."""
+        many = "import unittest\n\nclass A(unittest.TestCase):\n" + "".join(
+            f"    def test_{i}(self):\n        pass\n" for i in range(12)
+        )
+        self.write(test_a=PASSING, test_b=PASSING, test_many=many, test_new=PASSING)
+        times = dict(
+            test_a=dict(startup=1.0, total=2.0),
+            test_b=dict(startup=1.0, total=2.0),
+            test_many=dict(
+                startup=1.0, total=11.0, tests={"A": {f"test_{i}": 1.0 for i in range(11)}}
+            ),
+        )
+        (self.root / "tools/stats/test_times.json").write_text(json.dumps({"default": times}))
+        names = []
+        for k in "123":
+            folder = self.root / f"xml{k}"
+            options = ("--shard", k, "3", "--jobs", "2", "--save-xml", str(folder))
+            self.run_test(*options, status=0)
+            cases = [c for p in folder.iterdir() for c in ElementTree.parse(p).iter("testcase")]
+            self.assertLess(len(cases), 14)
+            names += [(c.attrib["file"], c.attrib["name"]) for c in cases]
+        self.assertEqual(len(names), 18)
+        self.assertEqual(len(set(names)), 18)
 
     def test_file_sees_what_python_file_would_show(self):
         self.write(
