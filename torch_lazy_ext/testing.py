@@ -14,6 +14,7 @@ copies of the arguments, from the same state of the random number generator.
 import contextlib
 import copy
 import dis
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -158,10 +159,14 @@ def _extract_untouched(mod: Any, args: list[Any]) -> Callable:
 
 
 def verify_reusing_compiled_graph(
-    mod: nn.Module | Callable, exception_msg_pattern: str | None, ncase: int = 10
+    mod: nn.Module | Callable,
+    exception_msg_pattern: str | None,
+    ncase: int = 10,
+    make_args: Callable[[], list[Any]] | None = None,
 ) -> None:
     """Extract the graph of `mod` and compare it with eager on `ncase` sets of fresh arguments.
 
+    `make_args` makes the arguments of one call; without it they are those of `gen_rand_args`.
     Prints the bytecode of the forward and what the graph returns for the arguments it was
     captured with. With `exception_msg_pattern` the extraction must raise a RuntimeError whose
     message the pattern is found in, and nothing is replayed. Raises AssertionError for anything
@@ -169,7 +174,8 @@ def verify_reusing_compiled_graph(
     """
     dis.dis(mod.forward if isinstance(mod, nn.Module) else mod)
     oracle = copy.deepcopy(mod)
-    args = gen_rand_args(mod)
+    make_args = make_args or functools.partial(gen_rand_args, mod)
+    args = list(make_args())
 
     try:
         graph = _extract_untouched(mod, args)
@@ -191,7 +197,7 @@ def verify_reusing_compiled_graph(
     failures = []
     for i in range(ncase):
         try:
-            _compare_call(oracle, mod, graph, gen_rand_args(mod))
+            _compare_call(oracle, mod, graph, list(make_args()))
         except AssertionError as e:
             failures.append(f"case {i}: {e}")
     if failures:
@@ -202,9 +208,11 @@ def maketest(
     module_cls: Callable[[], nn.Module | Callable],
     exception_msg_pattern: str | None = None,
     ctxmgr: contextlib.AbstractContextManager | Callable | None = None,
+    make_args: Callable[[], list[Any]] | None = None,
 ) -> Callable[[Any], None]:
     """A test method: `verify_reusing_compiled_graph` on what `module_cls()` makes.
 
+    `make_args` makes the arguments of one call; without it they are those of `gen_rand_args`.
     `ctxmgr` is entered around it: a context manager, or a function without arguments that makes
     one. The result of a `@contextlib.contextmanager` function is made anew for each run, so the
     test can run any number of times. The random numbers are the same in each run, and the
@@ -214,7 +222,7 @@ def maketest(
     def run() -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            verify_reusing_compiled_graph(module_cls(), exception_msg_pattern)
+            verify_reusing_compiled_graph(module_cls(), exception_msg_pattern, make_args=make_args)
 
     def test(self: Any) -> None:
         if ctxmgr is None:

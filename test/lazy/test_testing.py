@@ -144,6 +144,18 @@ class KitTest(unittest.TestCase):
         with self.assertRaisesRegex(RuntimeError, "because of fallback"):
             self.run_kit(Sub, refuse)
 
+    def test_arguments_of_the_caller(self):
+        made = []
+
+        def make_args():
+            made.append([torch.randn(4), torch.randn(4)])
+            return made[-1]
+
+        self.run_kit(Sub, eager, make_args=make_args)
+        self.assertEqual(len(made), 11)  # The capture's, and those of ten replays.
+        with self.assertRaisesRegex(TypeError, "missing 1 required"):
+            self.run_kit(Sub, eager, make_args=lambda: [torch.randn(4)])
+
     def test_context_manager_twice(self):
         seen = []
 
