@@ -46,6 +46,22 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual([stripped(part) for part in printed.split(MARK)[:-1]], shown)
         self.assertGreater(len(shown), 0)
 
+    def test_unittest_blocks(self):
+        """A block that ends in a call of unittest is a test file that passes."""
+        text = (ROOT / "README.md").read_text()
+        blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        programs = [block for block in blocks if "unittest.main()" in block]
+        self.assertEqual(len(programs), 1)
+        self.assertLess(len(programs[0].splitlines()), 40)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "test_scale.py")
+            path.write_text(programs[0])
+            result = subprocess.run(
+                [sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT
+            )
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("Ran 3 tests", result.stderr)
+
     def test_package(self):
         self.check(ROOT / "torch_lazy_ext" / "README.md")
 
