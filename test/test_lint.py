@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.linter import lint  # noqa: E402
+from tools.linter import lint, stub  # noqa: E402
 
 CONFIG = ("pyproject.toml", ".clang-format")
 
@@ -92,7 +92,17 @@ class LintTest(unittest.TestCase):
         self.assertRegex(complaint, "needs no-such 0.1, and none is installed")
 
     def test_repository_is_pinned(self):
-        self.assertEqual({linter.package for linter in lint.LINTERS.values()}, lint.pins().keys())
+        packages = {linter.package for linter in lint.LINTERS.values()}
+        self.assertEqual({*packages, "pybind11-stubgen"}, lint.pins().keys())
+
+    def test_stub_is_that_of_the_extension(self):
+        linter = lint.Linter("pybind11-stubgen", ())
+        complaint = lint.complaint_about_release(linter) or lint.complaint_about_release(
+            lint.LINTERS["ruff"]
+        )
+        if complaint is not None:
+            self.skipTest(complaint)
+        self.assertEqual(stub.STUB.read_text(), stub.generate(), "run tools/linter/stub.py")
 
 
 if __name__ == "__main__":

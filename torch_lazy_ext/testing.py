@@ -54,7 +54,7 @@ def nop_ctx_mgr() -> Iterator[None]:
     yield
 
 
-def gen_rand_args(mod: nn.Module | Callable) -> list[torch.Tensor]:
+def gen_rand_args(mod: nn.Module | Callable[..., Any]) -> list[torch.Tensor]:
     """Random float32 tensors of shape (2, 3), one for each argument a call of `mod` needs.
 
     Arguments with a default and variadic ones are left out. Raises TypeError where an argument
@@ -115,7 +115,9 @@ def _state(mod: Any) -> dict[str, torch.Tensor]:
     return {**dict(mod.named_parameters()), **dict(mod.named_buffers())}
 
 
-def _compare_call(oracle: Callable, mod: Any, graph: Callable, args: list[Any]) -> Any:
+def _compare_call(
+    oracle: Callable[..., Any], mod: Any, graph: Callable[..., Any], args: list[Any]
+) -> Any:
     """Call `oracle` and `graph` on copies of `args`, and raise AssertionError where they differ.
 
     `oracle` is an eager copy of `mod`, whose weights and buffers `graph` uses and updates.
@@ -140,7 +142,7 @@ def _compare_call(oracle: Callable, mod: Any, graph: Callable, args: list[Any]) 
     return actual
 
 
-def _extract_untouched(mod: Any, args: list[Any]) -> Callable:
+def _extract_untouched(mod: Any, args: list[Any]) -> Callable[..., Any]:
     """Extract `mod`, and raise AssertionError where that changed something it must not change."""
 
     def surroundings() -> dict[str, Any]:
@@ -159,7 +161,7 @@ def _extract_untouched(mod: Any, args: list[Any]) -> Callable:
 
 
 def verify_reusing_compiled_graph(
-    mod: nn.Module | Callable,
+    mod: nn.Module | Callable[..., Any],
     exception_msg_pattern: str | None,
     ncase: int = 10,
     make_args: Callable[[], list[Any]] | None = None,
@@ -205,9 +207,9 @@ def verify_reusing_compiled_graph(
 
 
 def maketest(
-    module_cls: Callable[[], nn.Module | Callable],
+    module_cls: Callable[[], nn.Module | Callable[..., Any]],
     exception_msg_pattern: str | None = None,
-    ctxmgr: contextlib.AbstractContextManager | Callable | None = None,
+    ctxmgr: contextlib.AbstractContextManager[Any] | Callable[..., Any] | None = None,
     make_args: Callable[[], list[Any]] | None = None,
 ) -> Callable[[Any], None]:
     """A test method: `verify_reusing_compiled_graph` on what `module_cls()` makes.
