@@ -36,58 +36,9 @@ class _Learned(Exception):
     """The first run corrected what is known about an operator's strides: capture again."""
 
 
-class _TensorGuard:
-    __slots__ = (
-        "conj",
-        "device",
-        "dtype",
-        "kind",
-        "neg",
-        "offset",
-        "requires_grad",
-        "shape",
-        "stride",
-    )
-
-    def __init__(self, t: torch.Tensor, with_offset: bool) -> None:
-        self.dtype = t.dtype
-        self.shape = t.shape
-        self.stride = t.stride()
-        self.requires_grad = t.requires_grad
-        self.device = t.device
-        self.conj = t.is_conj()
-        self.neg = t.is_neg()
-        self.kind = type(t)
-        self.offset = t.storage_offset() if with_offset else None
-
-    def check(self, t: Any) -> bool:
-        return (
-            type(t) is self.kind
-            and t.dtype == self.dtype
-            and t.shape == self.shape
-            and t.layout == torch.strided
-            and t.stride() == self.stride
-            and t.requires_grad == self.requires_grad
-            and t.device == self.device
-            and t.is_conj() == self.conj
-            and t.is_neg() == self.neg
-            and (self.offset is None or t.storage_offset() == self.offset)
-        )
-
-
-def _surroundings() -> tuple[Any, ...]:
-    """What is no argument and no state, and still decides what a program does."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_default_dtype(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_default_device() if torch._C._len_torch_function_stack() else None,
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-    )
+# Leave the run of a variant as they are; every other exception is a mismatch.
+_KEPT_ERRORS = (_Learned, _Mismatch, ExtractionError)
+_HANDLED_ERRORS = (_Learned, _Mismatch)
 
 
 class Guard:
@@ -120,23 +71,11 @@ class Guard:
         return f"{what} at {self.source}" if self.source else what
 
 
-class _Gradient:
-    """As a getter: the gradient of the lifted tensor `leaf`."""
-
-    __slots__ = ("leaf",)
-
-    def __init__(self, leaf: int) -> None:
-        self.leaf = leaf
-
-
-def _fetch(getter: Any, leaves: list[Any]) -> Any:
-    if type(getter) is int:
-        return leaves[getter]
-    return getter.read() if isinstance(getter, _lift.Slot) else getter
-
-
-class Specialization:
+class Specialization(_C.Variant):
     """One variant of a program: its graph, what it reads, and when it may be used.
+
+    The C++ half (`csrc/call.h`) compares a call with the capture, gathers the lifted tensors and
+    runs the graph; this half sets it up, and does what is not needed on every call.
 
     Attributes:
         guards: what the program looked at in its data, in program order.
@@ -152,133 +91,97 @@ class Specialization:
         flat: _tree.Flat,
         verify_layouts: bool = False,
     ) -> None:
-        self.hits = 0
-        self.misses = 0
-        self._surroundings = _surroundings()
+        # Whatever the C++ half points to: here Python's collector of cycles sees it.
+        self._keep: list[Any] = []
+        super().__init__(self._keep)
+        surroundings = _C.Surroundings.now()
+        modes = surroundings.function_modes
+        self._set_surroundings(surroundings, torch.get_default_device() if modes else None)
         opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
         state = _lift.State(fn, *opaque)
         recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts)
         self.graph = lowered.graph
         self._lowered = lowered
         self._program = _C.Program(lowered.graph)
+        self._parameters = lowered.parameters
+        self._generators = lowered.generators
         self._recorder: _C.Recorder | None = recorder  # until the first run
         self._first_run = threading.Lock()
+        self._guard_calls(flat, state, lowered)
+        self._set_up_lifted(flat, state, lowered)
         self.guards = [Guard(g) for g in lowered.guards]
-
-        with_offset = lowered.uses_storage_offset
-        position: dict[int, int] = {}
-        for i, leaf in enumerate(flat.leaves):
-            if isinstance(leaf, torch.Tensor):
-                position.setdefault(id(leaf), i)
-        self._spec = flat.spec
-        self._leaf_guards = [
-            _TensorGuard(leaf, with_offset) if isinstance(leaf, torch.Tensor) else None
-            for leaf in flat.leaves
-        ]
-        self._leaf_values = [
-            None if isinstance(leaf, torch.Tensor) else _kept_value(leaf) for leaf in flat.leaves
-        ]
-        # Which arguments are one tensor object matters: the program saw them so.
-        self._duplicates = tuple(
-            position[id(leaf)] if isinstance(leaf, torch.Tensor) else -1 for leaf in flat.leaves
-        )
-        self._value_guards = [(slot, value) for slot, value in state.values]
-        self._sizes = [(c, len(before)) for c, before in state.containers]
-
-        # How to come by each lifted tensor at a call: position of an argument, slot, or itself.
-        self._getters: list[Any] = []
-        self._state_guards: list[tuple[_lift.Slot, _TensorGuard]] = []
-        self._same_objects: list[tuple[_lift.Slot, int]] = []
-        self._tied: list[tuple[_lift.Slot, _lift.Slot]] = []  # hold one tensor
-        members: dict[int, list[int]] = {}
-        leaf_of = {id(grad): leaf for leaf, grad in lowered.leaves if grad is not None}
-        for i, (tensor, constant, base) in enumerate(lowered.lifted):
-            slots = [] if constant else state.slots_of(tensor)
-            slot = slots[0] if slots else None
-            self._tied.extend((slots[0], other) for other in slots[1:])
-            if base >= 0 and base != i:
-                members.setdefault(base, []).append(i)
-            if id(tensor) in leaf_of and not constant:
-                self._getters.append(_Gradient(leaf_of[id(tensor)]))
-            elif id(tensor) in position and not constant:
-                self._getters.append(position[id(tensor)])
-                if slot is not None:
-                    self._same_objects.append((slot, position[id(tensor)]))
-            elif slot is None:
-                self._getters.append(tensor)
-            else:
-                self._getters.append(slot)
-                self._state_guards.append((slot, _TensorGuard(tensor, with_offset)))
-        # What the gradients of leaves must be like: None, or tensors.
-        self._leaves = [
-            (self._getters[leaf], None if grad is None else _TensorGuard(grad, with_offset))
-            for leaf, grad in lowered.leaves
-        ]
-        lowered.leaves = []
-        # Tensors lifted as views of one storage: (whole storage, [(member, offset)], bytes).
-        self._groups = []
-        for base, indices in members.items():
-            whole = lowered.lifted[base][0]
-            offsets = [(i, lowered.lifted[i][0].storage_offset()) for i in indices]
-            self._groups.append((base, offsets, whole.untyped_storage().nbytes()))
-            self._getters[base] = None
-        # For each tensor written to, the others that must not share its memory.
-        self._apart: list[tuple[int, list[int]]] = []
-        group_of = {i: base for base, indices in members.items() for i in [base, *indices]}
-        for write in lowered.writes:
-            if write.root is not None:
-                own = group_of.get(write.index, -1)
-                others = [
-                    i
-                    for i, (_tensor, constant, _base) in enumerate(lowered.lifted)
-                    if i != write.index and not constant and group_of.get(i, -2) != own
-                ]
-                self._apart.append((write.index, others))
+        for guard in self.guards:
+            add = self._add_value_guard if guard.is_value else self._add_size_guard
+            add(guard.root, guard.expected)
         lowered.lifted = []
         self._backward: _gradients.Backward | None = None
         if lowered.backward is not None:
             self._backward = _gradients.Backward(lowered.backward)
+        self._set_up_native_finish(lowered)
 
     @functools.cached_property
     def graph_module(self) -> torch.fx.GraphModule:
         """The graph as aten operators in FX, with a fake tensor for each value."""
         return _fx.graph_module(self.graph)
 
-    def matches(self, flat: _tree.Flat, surroundings: tuple[Any, ...]) -> bool:
-        """Whether everything but the data is as it was at the capture."""
-        if flat.spec != self._spec or self._surroundings != surroundings:
-            return False
-        leaves = flat.leaves
-        for leaf, guard, value in zip(leaves, self._leaf_guards, self._leaf_values):
-            if guard is not None:
-                if not guard.check(leaf):
-                    return False
-            elif not _tree.same(leaf, value):
-                return False
+    def _guard_calls(
+        self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered
+    ) -> None:
+        leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
+        self._set_arguments(flat.spec, leaves, lowered.uses_storage_offset)
+        for slot, value in state.values:
+            self._add_value(slot, value)
+        for container, before in state.containers:
+            self._add_size(container, len(before))
+
+    def _set_up_lifted(
+        self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered
+    ) -> None:
+        """Say how to come by each lifted tensor at a call."""
         position: dict[int, int] = {}
-        for i, (leaf, first) in enumerate(zip(leaves, self._duplicates)):
-            if first >= 0 and position.setdefault(id(leaf), i) != first:
-                return False
-        for container, size in self._sizes:
-            if len(container) != size:
-                return False
-        for slot, value in self._value_guards:
-            now = slot.read()
-            if now is not value and not (
-                type(value) in _tree.SIMPLE_TYPES and _tree.same(now, value)
-            ):
-                return False
-        if any(slot.read() is not leaves[i] for slot, i in self._same_objects):
-            return False
-        if any(a.read() is not b.read() for a, b in self._tied):
-            return False
-        if not all(guard.check(slot.read()) for slot, guard in self._state_guards):
-            return False
-        for getter, guard in self._leaves:
-            grad = _fetch(getter, leaves).grad
-            if not (grad is None if guard is None else guard.check(grad)):
-                return False
-        return True
+        for i, leaf in enumerate(flat.leaves):
+            if isinstance(leaf, torch.Tensor):
+                position.setdefault(id(leaf), i)
+        leaf_of = {id(grad): leaf for leaf, grad in lowered.leaves if grad is not None}
+        members: dict[int, list[int]] = {}
+        for i, (_tensor, _constant, base) in enumerate(lowered.lifted):
+            if base >= 0 and base != i:
+                members.setdefault(base, []).append(i)
+        for i, (tensor, constant, _base) in enumerate(lowered.lifted):
+            slots = [] if constant else state.slots_of(tensor)
+            for other in slots[1:]:
+                self._add_tied(slots[0], other)  # they hold one tensor
+            if i in members:
+                self._lift_storage()
+            elif id(tensor) in leaf_of and not constant:
+                self._lift_gradient(leaf_of[id(tensor)])
+            elif id(tensor) in position and not constant:
+                self._lift_argument(position[id(tensor)])
+                if slots:
+                    self._add_same_object(slots[0], position[id(tensor)])
+            elif slots:
+                self._lift_slot(slots[0], tensor, lowered.uses_storage_offset)
+            else:
+                self._lift_fixed(tensor, constant)
+        for leaf, grad in lowered.leaves:
+            self._add_gradient_guard(leaf, grad, lowered.uses_storage_offset)
+        lowered.leaves = []
+        # Tensors lifted as views of one storage.
+        for base, indices in members.items():
+            offsets = [(i, lowered.lifted[i][0].storage_offset()) for i in indices]
+            self._add_group(base, offsets, lowered.lifted[base][0].untyped_storage().nbytes())
+        self._set_written([w.index for w in lowered.writes if w.root is not None])
+
+    def _set_up_native_finish(self, lowered: _lower.Lowered) -> None:
+        """Let the C++ half write back and put the result together, where both are plain."""
+        further = (lowered.backward, lowered.refills, lowered.effects, lowered.assigned)
+        further += (lowered.gradients, lowered.required, lowered.spent)
+        if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
+            return
+        result = _native_result(lowered.result, set())
+        if result is not None:
+            writes = [(w.index, w.root, w.bumps) for w in lowered.writes]
+            self._set_native_finish(writes, result)
 
     def may_follow(self, observed: list[torch.Tensor]) -> bool:
         """Whether this variant went the way that another one's guards have shown."""
@@ -286,89 +189,40 @@ class Specialization:
             guard.holds(value) for guard, value in zip(self.guards, observed)
         )
 
-    def run(self, flat: _tree.Flat) -> Any:
-        """The program's result on these arguments, with its effects.
-
-        Raises:
-            _Mismatch: the data took another way; nothing has happened.
-            _Learned: nothing has happened, and the program must be captured again.
-        """
-        tensors = self._gather(flat.leaves)
-        lowered = self._lowered
-        states = [g.get_state() for g in lowered.generators]
-        try:
-            values = self._values([tensors[i] for i in lowered.parameters])
-            observed = []
-            for guard in self.guards:
-                observed.append(values[guard.root])
-                if not guard.holds(values[guard.root]):
-                    raise _Mismatch(observed)
-        except (_Learned, Exception, KeyboardInterrupt) as e:
-            for generator, state in zip(lowered.generators, states):
-                generator.set_state(state)
-            if isinstance(e, _Learned):
-                raise
-            self.misses += 1
-            if isinstance(e, (_Mismatch, ExtractionError)) or not isinstance(e, Exception):
-                raise
-            # The program itself decides whether this is its error.
-            raise _Mismatch(None) from None
-        self.hits += 1
-        if self._backward is not None:
-            values = _gradients.attach(self._backward, self._written(tensors), tensors, values)
-        values = _gradients.spend(self._lowered.spent, values)
-        return self._finish(flat, tensors, values)
-
     def _written(self, tensors: list[torch.Tensor]) -> set[int]:
         """The memory that a call writes to."""
         writes = [w for w in self._lowered.writes if w.root is not None]
         return {tensors[w.index].untyped_storage().data_ptr() for w in writes}
 
-    def _gather(self, leaves: list[Any]) -> list[torch.Tensor]:
-        tensors: list[Any] = []
-        for getter in self._getters:
-            if type(getter) is _Gradient:
-                tensors.append(tensors[getter.leaf].grad)
-            else:
-                tensors.append(_fetch(getter, leaves))
-        for base, members, nbytes in self._groups:
-            storage = tensors[members[0][0]].untyped_storage()
-            for i, offset in members:
-                other = tensors[i].untyped_storage()
-                if (
-                    other.data_ptr() != storage.data_ptr()
-                    or other.nbytes() != nbytes
-                    or tensors[i].storage_offset() != offset
-                ):
+    def _first_values(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the graph gives, run operator by operator and compared with the recording."""
+        with self._first_run:
+            recorder = self._recorder
+            if recorder is not None:
+                checked = recorder.run_checked(
+                    self._lowered.roots, self._lowered.parameters, inputs
+                )
+                if checked.learned:
+                    raise _Learned
+                if not checked.complete:
                     raise _Mismatch(None)
-            tensors[base] = _C.whole_storage(tensors[members[0][0]])
-        for index, others in self._apart:
-            start = tensors[index].untyped_storage().data_ptr()
-            if start and any(tensors[i].untyped_storage().data_ptr() == start for i in others):
-                raise _Mismatch(None)
-        return tensors
-
-    def _values(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self._recorder is not None:
-            with self._first_run:
-                recorder = self._recorder
-                if recorder is not None:
-                    checked = recorder.run_checked(
-                        self._lowered.roots, self._lowered.parameters, inputs
-                    )
-                    if checked.learned:
-                        raise _Learned
-                    if not checked.complete:
-                        raise _Mismatch(None)
-                    self._recorder = None
-                    return checked.values
+                self._recorder = None
+                self._checked = True
+                return checked.values
         return self._program.run(inputs)
 
     def _finish(
-        self, flat: _tree.Flat, tensors: list[torch.Tensor], values: list[torch.Tensor]
+        self,
+        containers: list[Any],
+        tensors: list[torch.Tensor],
+        values: list[torch.Tensor],
     ) -> Any:
+        """The effects and the result of a call, once it is certain that they are right."""
         lowered = self._lowered
-        take = _Results(flat.containers, tensors, values)
+        if self._backward is not None:
+            values = _gradients.attach(self._backward, self._written(tensors), tensors, values)
+        values = _gradients.spend(lowered.spent, values)
+        take = _Results(containers, tensors, values)
         with torch.no_grad():
             _write_back(lowered.writes, tensors, values, take)
             new_data = [(index, take(source)) for index, source in lowered.assigned]
@@ -380,7 +234,7 @@ class Specialization:
                 tensors[index].grad = take(source)
         result = take(lowered.result)
         for position, built in lowered.refills:
-            _tree.fill(flat.containers[position], built.shape, [take(c) for c in built.children])
+            _tree.fill(containers[position], built.shape, [take(c) for c in built.children])
         for owner, key, source in lowered.effects:
             if key is _lift.CONTENT:
                 _tree.fill(owner, source.shape, [take(c) for c in source.children])
@@ -388,6 +242,26 @@ class Specialization:
                 value = source if source is _lift.MISSING else take(source)
                 _lift.Slot(owner, key, "").write(value)
         return result
+
+
+def _native_result(source: _lower.Source, seen: set[int]) -> tuple[Any, ...] | None:
+    """A result as `csrc/call.h` makes it; None where only `_Results` can."""
+    if isinstance(source, _lower.Constant):
+        return ("constant", source.value)
+    if isinstance(source, _lower.FromRoot):
+        plain = not (source.alias or source.requires_grad or source.parameter)
+        return ("root", source.root) if plain else None
+    if isinstance(source, _lower.FromLifted):
+        return None if source.alias else ("lifted", source.index)
+    if isinstance(source, _lower.Built) and source.shape.cls in (tuple, list, dict):
+        if id(source) in seen:
+            return None  # one object in two places
+        seen.add(id(source))
+        children = [_native_result(c, seen) for c in source.children]
+        if any(c is None for c in children):
+            return None
+        return (source.shape.cls.__name__, children, source.shape.keys)
+    return None
 
 
 def _write_back(
@@ -507,7 +381,7 @@ def _kept_value(leaf: Any) -> Any:
     return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
 
 
-class CompiledGraph:
+class CompiledGraph(_C.Caller):
     """A callable that replays the compiled graph of a program.
 
     Called like the program it was made from; captures again when what the capture relied on
@@ -529,6 +403,7 @@ class CompiledGraph:
             raise ValueError(
                 f"on_guard_failure is {on_guard_failure!r}: it is one of {', '.join(GUARD_FAILURE)}"
             )
+        super().__init__()
         self._fn = fn
         self._limit = limit
         self._on_guard_failure = on_guard_failure
@@ -546,24 +421,34 @@ class CompiledGraph:
         with self._lock:
             self._specializations.insert(0, specialization)
             del self._specializations[self._limit :]
+            self._set_variants(self._specializations)
         return specialization
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _C.capturing():
-            return self._fn(*args, **kwargs)
-        flat = _tree.flatten((args, kwargs))
-        surroundings = _surroundings()
+    def _serve(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tried: Specialization | None,
+        error: BaseException | None,
+    ) -> Any:
+        """Answer a call that the C++ half could not: none of the variants fits, or `tried`, the
+        first that does, ended with `error`."""
         matching = 0
         failed: list[Specialization] = []
         observed: list[torch.Tensor] = []
         for specialization in list(self._specializations):
-            if not specialization.matches(flat, surroundings):
-                continue
+            if specialization is not tried:
+                call = specialization.match(args, kwargs)
+                if call is None:
+                    continue
             matching += 1
             if not specialization.may_follow(observed):
                 continue
             try:
-                result = specialization.run(flat)
+                if specialization is tried:
+                    assert error is not None
+                    raise error
+                result = specialization.run(call)
             except _Mismatch as mismatch:
                 failed.append(specialization)
                 if mismatch.observed is not None and len(mismatch.observed) > len(observed):
@@ -571,7 +456,7 @@ class CompiledGraph:
                 continue
             except _Learned:
                 self._discard(specialization)
-                return self._capture_and_run(args, kwargs, flat, verify_layouts=True)
+                return self._capture_and_run(args, kwargs, verify_layouts=True)
             self._touch(specialization)
             return result
         if failed:
@@ -582,13 +467,12 @@ class CompiledGraph:
             if matching >= self._limit:
                 self._warn(failed[-1], observed)
                 return self._fn(*args, **kwargs)
-        return self._capture_and_run(args, kwargs, flat)
+        return self._capture_and_run(args, kwargs)
 
     def _capture_and_run(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        flat: _tree.Flat,
         verify_layouts: bool = False,
     ) -> Any:
         for _attempt in range(4):
@@ -601,7 +485,9 @@ class CompiledGraph:
                 # program does before it raises, and raises.
                 return self._fn(*args, **kwargs)
             try:
-                return specialization.run(flat)
+                call = specialization.match(args, kwargs)
+                assert call is not None, "a variant does not fit the call it was captured for"
+                return specialization.run(call)
             except _Learned:
                 self._discard(specialization)
                 verify_layouts = True
@@ -618,6 +504,7 @@ class CompiledGraph:
         with self._lock:
             if specialization in self._specializations:
                 self._specializations.remove(specialization)
+                self._set_variants(self._specializations)
 
     def _touch(self, specialization: Specialization) -> None:
         if self._specializations[:1] != [specialization]:
@@ -625,6 +512,7 @@ class CompiledGraph:
                 if specialization in self._specializations:
                     self._specializations.remove(specialization)
                     self._specializations.insert(0, specialization)
+                    self._set_variants(self._specializations)
 
     def _failure(self, specialization: Specialization, observed: list[torch.Tensor]) -> str:
         if not observed:

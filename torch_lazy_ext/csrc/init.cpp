@@ -1,7 +1,7 @@
 // The Python face of the extension.
+#include "call.h"
 #include "lower.h"
 #include "record.h"
-#include "replay.h"
 
 #include <ATen/FunctionalTensorWrapper.h>
 #include <torch/csrc/jit/python/pybind.h>
@@ -255,10 +255,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](Recorder& r, const ValueRef& v) { return r.node(v.node).depends_on_input; })
       .def("__len__", [](const Recorder& r) { return r.nodes.size(); });
 
-  py::class_<Program>(m, "Program")
+  py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init<std::shared_ptr<torch::jit::Graph>>())
-      .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "run",
+          [](const Program& program, const std::vector<at::Tensor>& inputs) {
+            torch::jit::Stack stack(inputs.begin(), inputs.end());
+            program.run(stack);
+            std::vector<at::Tensor> outputs;
+            for (c10::IValue& v : stack) {
+              outputs.push_back(std::move(v).toTensor());
+            }
+            return outputs;
+          },
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("graph", &Program::graph);
+  bind_call(m);
 
   m.def(
       "lower",
@@ -288,15 +300,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("unsupported_kind", &unsupported_kind);
   m.def(
       "same_bits",
-      [](const at::Tensor& a, const at::Tensor& b) {
-        if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) {
-          return false;
-        }
-        StandaloneGuard alone;
-        const at::Tensor x = a.resolve_conj().resolve_neg().contiguous();
-        const at::Tensor y = b.resolve_conj().resolve_neg().contiguous();
-        return x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
-      },
+      &same_bits,
       "Equal shapes, dtypes and values; 0.0 and -0.0 differ, a nan equals itself.");
   m.def("set_unsupported_error", [](const py::object& type) { set_unsupported_type(type.ptr()); });
   py::register_exception_translator([](std::exception_ptr p) {

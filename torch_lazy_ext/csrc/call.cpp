@@ -1,0 +1,629 @@
+#include "call.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind.h>
+
+#include <cstring>
+
+namespace tle {
+
+namespace {
+
+py::object from(const char* module, const char* name) {
+  return py::module_::import(module).attr(name);
+}
+
+py::list list_of(const std::vector<at::Tensor>& tensors) {
+  py::list out(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(tensors[i]));
+  }
+  return out;
+}
+
+std::vector<at::Tensor> tensors_of(const py::handle& list) {
+  std::vector<at::Tensor> out;
+  for (const py::handle& t : py::reinterpret_borrow<py::sequence>(list)) {
+    out.push_back(THPVariable_Unpack(t.ptr()));
+  }
+  return out;
+}
+
+// Lets other threads run Python for as long as it lives.
+class NoGil {
+ public:
+  NoGil() : state_(PyEval_SaveThread()) {}
+  ~NoGil() {
+    PyEval_RestoreThread(state_);
+  }
+  NoGil(const NoGil&) = delete;
+  NoGil& operator=(const NoGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+const void* memory_of(const at::Tensor& t) {
+  return t.storage().data();
+}
+
+} // namespace
+
+bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) {
+    return false;
+  }
+  if (a.numel() == 1 && !a.is_conj() && !a.is_neg() && !b.is_conj() && !b.is_neg() &&
+      a.device().is_cpu() && b.device().is_cpu()) {
+    return std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.itemsize()) == 0;
+  }
+  StandaloneGuard alone;
+  const at::Tensor x = a.resolve_conj().resolve_neg().contiguous();
+  const at::Tensor y = b.resolve_conj().resolve_neg().contiguous();
+  return x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+}
+
+bool DataGuard::holds(const at::Tensor& value) const {
+  return is_value ? same_bits(value, expected) : value.sizes() == expected_sizes;
+}
+
+py::list Call::containers() {
+  py::list out;
+  for (PyObject* container : arguments.containers) {
+    out.append(container == nullptr ? py::none() : py::reinterpret_borrow<py::object>(container));
+  }
+  if (!kwargs) {
+    kwargs = py::dict();
+    out[arguments.containers.size() - 1] = kwargs;
+  }
+  return out;
+}
+
+// ------------------------------------------------------------------- setting up
+
+void Variant::set_arguments(const py::object& spec, const py::list& leaves, bool with_offset) {
+  Keep k = keep();
+  arguments_.emplace(spec, leaves, with_offset, k);
+}
+
+void Variant::set_surroundings(const Surroundings& now, const py::object& default_device) {
+  surroundings_ = now;
+  keep().append(default_device);
+  default_device_ = default_device.ptr();
+}
+
+void Variant::add_value(const py::object& slot, const py::object& expected) {
+  Keep k = keep();
+  state_.value(slot, expected, k);
+}
+
+void Variant::add_size(const py::object& container, Py_ssize_t size) {
+  Keep k = keep();
+  state_.size(container, size, k);
+}
+
+void Variant::add_tied(const py::object& slot, const py::object& other) {
+  Keep k = keep();
+  const int64_t handle = state_.handle(slot, k);
+  tied_.emplace_back(handle, state_.handle(other, k));
+}
+
+void Variant::lift_argument(int64_t leaf) {
+  lifted_.push_back({Source::Kind::Argument, leaf});
+}
+
+void Variant::lift_slot(const py::object& slot, const py::object& tensor, bool with_offset) {
+  Keep k = keep();
+  k.append(py::type::of(tensor));
+  lifted_.push_back(
+      {Source::Kind::State,
+       state_.handle(slot, k),
+       at::Tensor(),
+       false,
+       TensorGuard(tensor.ptr(), with_offset)});
+}
+
+void Variant::lift_fixed(const std::optional<at::Tensor>& tensor, bool made) {
+  lifted_.push_back({Source::Kind::Fixed, -1, tensor.value_or(at::Tensor()), made});
+}
+
+void Variant::lift_storage() {
+  lifted_.push_back({Source::Kind::Storage});
+}
+
+void Variant::lift_gradient(int64_t leaf) {
+  lifted_.push_back({Source::Kind::Gradient, leaf});
+}
+
+void Variant::add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_offset) {
+  std::optional<TensorGuard> guard;
+  if (!gradient.is_none()) {
+    guard.emplace(gradient.ptr(), with_offset);
+  }
+  gradients_.emplace_back(leaf, std::move(guard));
+}
+
+void Variant::add_same_object(const py::object& slot, int64_t leaf) {
+  Keep k = keep();
+  same_objects_.emplace_back(state_.handle(slot, k), leaf);
+}
+
+void Variant::add_group(
+    int64_t base,
+    std::vector<std::pair<int64_t, int64_t>> members,
+    size_t nbytes) {
+  groups_.push_back({base, std::move(members), nbytes});
+}
+
+void Variant::set_written(const std::vector<int64_t>& indices) {
+  written_ = indices;
+  group_of_.assign(lifted_.size(), -1);
+  for (const StorageGroup& g : groups_) {
+    group_of_[g.base] = g.base;
+    for (const auto& [index, offset] : g.members) {
+      group_of_[index] = g.base;
+    }
+  }
+}
+
+void Variant::add_guard(DataGuard guard) {
+  guards_.push_back(std::move(guard));
+}
+
+void Variant::set_program(const py::object& program) {
+  if (py::isinstance<Program>(program)) {
+    program_ = program.cast<std::shared_ptr<Program>>();
+    foreign_program_ = nullptr;
+    return;
+  }
+  keep().append(program);
+  foreign_program_ = program.ptr();
+  program_ = nullptr;
+}
+
+py::object Variant::program() const {
+  return program_ ? py::cast(program_) : py::reinterpret_borrow<py::object>(foreign_program_);
+}
+
+void Variant::set_native_finish(const std::vector<SimpleWrite>& writes, const py::tuple& result) {
+  native_finish_ = true;
+  writes_ = writes;
+  result_ = parse_result(result);
+}
+
+Result Variant::parse_result(const py::tuple& tree) {
+  const auto kind = tree[0].cast<std::string>();
+  Result out{Result::Kind::Constant};
+  if (kind == "root" || kind == "lifted") {
+    out.kind = kind == "root" ? Result::Kind::Root : Result::Kind::Lifted;
+    out.index = tree[1].cast<int64_t>();
+    return out;
+  }
+  if (kind == "constant") {
+    keep().append(tree[1]);
+    out.object = py::object(tree[1]).ptr();
+    return out;
+  }
+  out.kind = kind == "tuple" ? Result::Kind::Tuple
+      : kind == "list"       ? Result::Kind::List
+                             : Result::Kind::Dict;
+  for (const py::handle& child : tree[1]) {
+    out.children.push_back(parse_result(py::cast<py::tuple>(child)));
+  }
+  if (out.kind == Result::Kind::Dict) {
+    for (const py::handle& key : tree[2]) {
+      keep().append(key);
+      out.keys.push_back(key.ptr());
+    }
+  }
+  return out;
+}
+
+// --------------------------------------------------------------------- matching
+
+std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwargs) {
+  const Surroundings now = Surroundings::now();
+  if (!(now == surroundings_)) {
+    return std::nullopt;
+  }
+  if (now.function_modes > 0) {
+    const py::object device = from("torch", "get_default_device")();
+    if (!device.equal(py::handle(default_device_))) {
+      return std::nullopt;
+    }
+  }
+  Call call;
+  call.args = py::reinterpret_borrow<py::object>(args);
+  call.kwargs = py::reinterpret_borrow<py::object>(kwargs);
+  if (!arguments_->match(args.ptr(), kwargs.ptr(), call.arguments) || !state_.check()) {
+    return std::nullopt;
+  }
+  for (const auto& [a, b] : tied_) {
+    if (state_.current(a) != state_.current(b)) {
+      return std::nullopt;
+    }
+  }
+  for (const auto& [handle, leaf] : same_objects_) {
+    if (state_.current(handle) != call.arguments.leaves[leaf]) {
+      return std::nullopt;
+    }
+  }
+  // Tensors at once, while nothing else can run: slots are read without holding them.
+  call.tensors.reserve(lifted_.size());
+  for (const Source& s : lifted_) {
+    switch (s.kind) {
+      case Source::Kind::Argument:
+        call.tensors.push_back(THPVariable_Unpack(call.arguments.leaves[s.index]));
+        break;
+      case Source::Kind::State: {
+        PyObject* tensor = state_.current(s.index);
+        if (!s.guard->check(tensor)) {
+          return std::nullopt;
+        }
+        call.tensors.push_back(THPVariable_Unpack(tensor));
+        break;
+      }
+      case Source::Kind::Fixed:
+        call.tensors.push_back(s.tensor);
+        break;
+      case Source::Kind::Storage:
+      case Source::Kind::Gradient:
+        call.tensors.emplace_back();
+        break;
+    }
+  }
+  for (const auto& [leaf, guard] : gradients_) {
+    const at::Tensor& gradient = call.tensors[leaf].grad();
+    if (guard ? !gradient.defined() || !guard->check(gradient) : gradient.defined()) {
+      return std::nullopt;
+    }
+  }
+  for (size_t i = 0; i < lifted_.size(); ++i) {
+    if (lifted_[i].kind == Source::Kind::Gradient) {
+      call.tensors[i] = call.tensors[lifted_[i].index].grad();
+    }
+  }
+  return call;
+}
+
+// ---------------------------------------------------------------------- running
+
+// Whether tensors share memory as they did: those of a group one storage, and what is
+// written to none with any other.
+bool Variant::gather(Call& call) {
+  for (const StorageGroup& g : groups_) {
+    const at::Tensor& first = call.tensors[g.members[0].first];
+    for (const auto& [index, offset] : g.members) {
+      const at::Tensor& other = call.tensors[index];
+      if (memory_of(other) != memory_of(first) || other.storage().nbytes() != g.nbytes ||
+          other.storage_offset() != offset) {
+        return false;
+      }
+    }
+    call.tensors[g.base] = whole_storage(first);
+  }
+  return written_.empty() || is_apart(call);
+}
+
+bool Variant::is_apart(const Call& call) const {
+  // Storages that are written to, with the group that may share them.
+  std::unordered_map<const void*, int64_t> owners;
+  for (int64_t w : written_) {
+    const void* memory = memory_of(call.tensors[w]);
+    if (memory != nullptr) {
+      const int64_t owner = group_of_[w] >= 0 ? group_of_[w] : ~w;
+      auto [found, fresh] = owners.try_emplace(memory, owner);
+      if (!fresh && found->second != owner) {
+        return false;
+      }
+    }
+  }
+  for (size_t i = 0; i < lifted_.size(); ++i) {
+    if (lifted_[i].made) {
+      continue;
+    }
+    auto found = owners.find(memory_of(call.tensors[i]));
+    const int64_t own = group_of_[i] >= 0 ? group_of_[i] : ~static_cast<int64_t>(i);
+    if (found != owners.end() && found->second != own) {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::vector<at::Tensor> Variant::values(PyObject* self, const Call& call) {
+  if (checked && program_) {
+    torch::jit::Stack stack;
+    stack.reserve(parameters.size());
+    for (int64_t p : parameters) {
+      stack.emplace_back(call.tensors[p]);
+    }
+    {
+      NoGil no_gil;
+      program_->run(stack);
+    }
+    std::vector<at::Tensor> out;
+    out.reserve(stack.size());
+    for (c10::IValue& v : stack) {
+      out.push_back(std::move(v).toTensor());
+    }
+    return out;
+  }
+  std::vector<at::Tensor> inputs;
+  inputs.reserve(parameters.size());
+  for (int64_t p : parameters) {
+    inputs.push_back(call.tensors[p]);
+  }
+  const py::object run =
+      checked ? py::handle(foreign_program_).attr("run") : py::handle(self).attr("_first_values");
+  return tensors_of(run(list_of(inputs)));
+}
+
+void Variant::raise_mismatch(const std::vector<at::Tensor>* observed) {
+  const py::object type = from("torch_lazy_ext._replay", "_Mismatch");
+  const py::object seen = observed == nullptr ? py::object(py::none()) : list_of(*observed);
+  PyErr_SetObject(type.ptr(), type(seen).ptr());
+}
+
+PyObject* Variant::run(PyObject* self, Call& call) {
+  if (!gather(call)) {
+    raise_mismatch(nullptr);
+    return nullptr;
+  }
+  std::vector<at::Tensor> states;
+  for (const at::Generator& g : generators) {
+    states.push_back(g.get_state());
+  }
+  auto take_back = [&] {
+    for (size_t i = 0; i < generators.size(); ++i) {
+      at::Generator g = generators[i];
+      g.set_state(states[i]);
+    }
+  };
+  std::vector<at::Tensor> values;
+  try {
+    values = this->values(self, call);
+  } catch (py::error_already_set& e) {
+    take_back();
+    if (e.matches(from("torch_lazy_ext._replay", "_KEPT_ERRORS")) || !e.matches(PyExc_Exception)) {
+      e.restore();
+      return nullptr;
+    }
+    // The program itself decides whether this is its error.
+    ++misses;
+    raise_mismatch(nullptr);
+    return nullptr;
+  } catch (const std::exception&) {
+    take_back();
+    ++misses;
+    raise_mismatch(nullptr);
+    return nullptr;
+  }
+  for (size_t i = 0; i < guards_.size(); ++i) {
+    if (!guards_[i].holds(values[guards_[i].root])) {
+      take_back();
+      ++misses;
+      std::vector<at::Tensor> observed;
+      for (size_t k = 0; k <= i; ++k) {
+        observed.push_back(values[guards_[k].root]);
+      }
+      raise_mismatch(&observed);
+      return nullptr;
+    }
+  }
+  ++hits;
+  if (!native_finish_) {
+    py::object result = py::handle(self).attr("_finish")(
+        call.containers(), list_of(call.tensors), list_of(values));
+    return result.release().ptr();
+  }
+  if (!writes_.empty()) {
+    write_back(call, values);
+  }
+  return make(result_, call, values);
+}
+
+void Variant::write_back(const Call& call, const std::vector<at::Tensor>& values) const {
+  c10::AutoGradMode no_grad(false);
+  std::vector<int64_t> versions;
+  for (const SimpleWrite& w : writes_) {
+    const at::Tensor& t = call.tensors[w.index];
+    versions.push_back(t.is_inference() ? -1 : static_cast<int64_t>(t._version()));
+  }
+  for (const SimpleWrite& w : writes_) {
+    call.tensors[w.index].copy_(values[w.root]);
+  }
+  for (size_t i = 0; i < writes_.size(); ++i) {
+    if (versions[i] >= 0) {
+      c10::VariableVersion counter =
+          call.tensors[writes_[i].index].unsafeGetTensorImpl()->version_counter();
+      counter.set_version(versions[i] + writes_[i].bumps);
+    }
+  }
+}
+
+PyObject* Variant::make(
+    const Result& result,
+    const Call& call,
+    const std::vector<at::Tensor>& values) const {
+  auto child = [&](size_t i) {
+    PyObject* made = make(result.children[i], call, values);
+    if (made == nullptr) {
+      throw py::error_already_set();
+    }
+    return made;
+  };
+  const size_t count = result.children.size();
+  switch (result.kind) {
+    case Result::Kind::Root:
+      return THPVariable_Wrap(values[result.index]);
+    case Result::Kind::Lifted:
+      return THPVariable_Wrap(call.tensors[result.index]);
+    case Result::Kind::Constant:
+      return Py_NewRef(result.object);
+    case Result::Kind::Tuple: {
+      py::tuple out(count);
+      for (size_t i = 0; i < count; ++i) {
+        PyTuple_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), child(i));
+      }
+      return out.release().ptr();
+    }
+    case Result::Kind::List: {
+      py::list out(count);
+      for (size_t i = 0; i < count; ++i) {
+        PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), child(i));
+      }
+      return out.release().ptr();
+    }
+    case Result::Kind::Dict: {
+      py::dict out;
+      for (size_t i = 0; i < count; ++i) {
+        auto value = py::reinterpret_steal<py::object>(child(i));
+        if (PyDict_SetItem(out.ptr(), result.keys[i], value.ptr()) != 0) {
+          throw py::error_already_set();
+        }
+      }
+      return out.release().ptr();
+    }
+  }
+  return nullptr;
+}
+
+// ---------------------------------------------------------------------- calling
+
+namespace {
+
+// The object behind a Python object of the type, which Python code may have derived from.
+template <class T>
+T* unwrap(PyObject* self) {
+  auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  return static_cast<T*>(instance->simple_value_holder[0]);
+}
+
+PyObject* serve(PyObject* self, PyObject* args, PyObject* kwargs, PyObject* variant, PyObject* error) {
+  static PyObject* name = PyUnicode_InternFromString("_serve");
+  const py::object keywords =
+      kwargs == nullptr ? py::dict() : py::reinterpret_borrow<py::object>(kwargs);
+  return PyObject_CallMethodObjArgs(self, name, args, keywords.ptr(), variant, error, nullptr);
+}
+
+PyObject* caller_call(PyObject* self, PyObject* args, PyObject* kwargs) {
+  try {
+    return unwrap<Caller>(self)->call(self, args, kwargs);
+  } catch (py::error_already_set& e) {
+    e.restore();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+  }
+  return nullptr;
+}
+
+} // namespace
+
+PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
+  if (Recorder::current() != nullptr) {
+    // Part of the program that is captured: its calls run inline.
+    const py::object program = py::handle(self).attr("_fn");
+    return PyObject_Call(program.ptr(), args, kwargs);
+  }
+  for (size_t i = 0; i < variants.size(); ++i) {
+    // Held: another thread may drop it meanwhile.
+    const auto held = py::reinterpret_borrow<py::object>(variants[i].first);
+    Variant* variant = variants[i].second;
+    std::optional<Call> call = variant->match(args, kwargs);
+    if (!call) {
+      continue;
+    }
+    PyObject* result = variant->run(held.ptr(), *call);
+    if (result != nullptr) {
+      if (variants.empty() || variants[0].second != variant) {
+        py::handle(self).attr("_touch")(held);
+      }
+      return result;
+    }
+    py::error_already_set error; // takes Python's error
+    if (!error.matches(from("torch_lazy_ext._replay", "_HANDLED_ERRORS"))) {
+      throw error;
+    }
+    return serve(self, args, kwargs, held.ptr(), error.value().ptr());
+  }
+  return serve(self, args, kwargs, Py_None, Py_None);
+}
+
+void bind_call(py::module_& m) {
+  py::class_<Surroundings>(m, "Surroundings")
+      .def_static("now", &Surroundings::now)
+      .def_readonly("function_modes", &Surroundings::function_modes);
+  py::class_<Call>(m, "Call");
+  py::class_<Variant>(m, "Variant")
+      .def(py::init<py::list>())
+      .def(
+          "match",
+          [](Variant& v, const py::tuple& args, const py::dict& kwargs) {
+            return v.match(args, kwargs);
+          },
+          "The call, or None when it is not like the captured one in all but its data.")
+      .def(
+          "run",
+          [](const py::object& self, Call& call) {
+            PyObject* result = self.cast<Variant&>().run(self.ptr(), call);
+            if (result == nullptr) {
+              throw py::error_already_set();
+            }
+            return py::reinterpret_steal<py::object>(result);
+          },
+          "The program's result, with its effects.")
+      .def_readwrite("hits", &Variant::hits)
+      .def_readwrite("misses", &Variant::misses)
+      .def_readwrite("_checked", &Variant::checked)
+      .def_property("_program", &Variant::program, &Variant::set_program)
+      .def("_set_arguments", &Variant::set_arguments)
+      .def("_set_surroundings", &Variant::set_surroundings)
+      .def("_add_value", &Variant::add_value)
+      .def("_add_size", &Variant::add_size)
+      .def("_add_tied", &Variant::add_tied)
+      .def("_lift_argument", &Variant::lift_argument)
+      .def("_lift_slot", &Variant::lift_slot)
+      .def("_lift_fixed", &Variant::lift_fixed)
+      .def("_lift_storage", &Variant::lift_storage)
+      .def("_lift_gradient", &Variant::lift_gradient)
+      .def("_add_gradient_guard", &Variant::add_gradient_guard)
+      .def("_add_same_object", &Variant::add_same_object)
+      .def("_add_group", &Variant::add_group)
+      .def("_set_written", &Variant::set_written)
+      .def(
+          "_add_value_guard",
+          [](Variant& v, int64_t root, const at::Tensor& expected) {
+            v.add_guard({root, true, expected, {}});
+          })
+      .def(
+          "_add_size_guard",
+          [](Variant& v, int64_t root, std::vector<int64_t> sizes) {
+            v.add_guard({root, false, at::Tensor(), std::move(sizes)});
+          })
+      .def(
+          "_set_native_finish",
+          [](Variant& v,
+             const std::vector<std::tuple<int64_t, int64_t, int64_t>>& writes,
+             const py::tuple& result) {
+            std::vector<SimpleWrite> list;
+            for (const auto& [index, root, bumps] : writes) {
+              list.push_back({index, root, bumps});
+            }
+            v.set_native_finish(list, result);
+          })
+      .def_readwrite("_parameters", &Variant::parameters)
+      .def_readwrite("_generators", &Variant::generators);
+  py::class_<Caller>(m, "Caller", py::custom_type_setup([](PyHeapTypeObject* type) {
+                       type->ht_type.tp_call = &caller_call;
+                     }))
+      .def(py::init<>())
+      .def("_set_variants", [](Caller& c, const py::list& variants) {
+        c.variants.clear();
+        for (const py::handle& v : variants) {
+          c.variants.emplace_back(v.ptr(), v.cast<Variant*>());
+        }
+      });
+}
+
+} // namespace tle

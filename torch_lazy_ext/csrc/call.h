@@ -1,0 +1,147 @@
+// Stage "replay": one call of a captured program, from arguments to result, in C++ as far as
+// the variant is of the common kind, with Python for the rest.
+#pragma once
+
+#include "guards.h"
+#include "record.h"
+#include "replay.h"
+
+#include <ATen/core/Generator.h>
+
+namespace tle {
+
+// A call that is like the captured one in all but its data.
+struct Call {
+  py::object args; // held: everything else here is borrowed from them
+  py::object kwargs; // null when there are none
+  Arguments arguments;
+  std::vector<at::Tensor> tensors; // for each lifted tensor, the one of this call
+
+  py::list containers();
+};
+
+// Where a replay takes a lifted tensor from.
+struct Source {
+  enum class Kind : uint8_t { Argument, State, Fixed, Storage, Gradient } kind;
+  int64_t index = -1; // of the leaf, the handle of the slot, or whose gradient it is
+  at::Tensor tensor; // one that is the same on each call
+  bool made = false; // by the program, so nobody else has it
+  std::optional<TensorGuard> guard; // of a tensor in a slot
+};
+
+// Lifted tensors that were lifted as views of one storage.
+struct StorageGroup {
+  int64_t base; // stands for the storage
+  std::vector<std::pair<int64_t, int64_t>> members; // lifted tensor, storage offset
+  size_t nbytes;
+};
+
+struct DataGuard {
+  int64_t root;
+  bool is_value;
+  at::Tensor expected;
+  std::vector<int64_t> expected_sizes;
+  bool holds(const at::Tensor& value) const;
+};
+
+struct SimpleWrite {
+  int64_t index;
+  int64_t root;
+  int64_t bumps;
+};
+
+// A result made of outputs, lifted tensors, constants, and lists, tuples and dicts of them.
+struct Result {
+  enum class Kind : uint8_t { Root, Lifted, Constant, Tuple, List, Dict } kind;
+  int64_t index = -1;
+  PyObject* object = nullptr; // borrowed
+  std::vector<PyObject*> keys; // borrowed
+  std::vector<Result> children;
+};
+
+// The C++ half of a Specialization.
+class Variant {
+ public:
+  explicit Variant(Keep keep) : keep_(keep.ptr()) {}
+
+  std::optional<Call> match(const py::handle& args, const py::handle& kwargs);
+  // A new reference to the program's result. Raises _Mismatch when the data takes another
+  // way (nothing has happened then), and what `_values` and `_finish` raise.
+  PyObject* run(PyObject* self, Call& call);
+
+  int64_t hits = 0;
+  int64_t misses = 0;
+  bool checked = false; // the first run has been compared with what was recorded
+
+  // Setting up, from Python.
+  void set_arguments(const py::object& spec, const py::list& leaves, bool with_offset);
+  void set_surroundings(const Surroundings& surroundings, const py::object& default_device);
+  void add_value(const py::object& slot, const py::object& expected);
+  void add_size(const py::object& container, Py_ssize_t size);
+  void add_tied(const py::object& slot, const py::object& other);
+  void lift_argument(int64_t leaf);
+  void lift_slot(const py::object& slot, const py::object& tensor, bool with_offset);
+  // No tensor: a tangent, which only the backward reads.
+  void lift_fixed(const std::optional<at::Tensor>& tensor, bool made);
+  void lift_storage();
+  void lift_gradient(int64_t leaf);
+  // A lifted leaf has no gradient, or one like this.
+  void add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_offset);
+  void add_same_object(const py::object& slot, int64_t leaf);
+  void add_group(int64_t base, std::vector<std::pair<int64_t, int64_t>> members, size_t nbytes);
+  void set_written(const std::vector<int64_t>& indices);
+  void add_guard(DataGuard guard);
+  void set_program(const py::object& program);
+  py::object program() const;
+  void set_native_finish(const std::vector<SimpleWrite>& writes, const py::tuple& result);
+
+  std::vector<int64_t> parameters;
+  std::vector<at::Generator> generators;
+
+ private:
+  Keep keep() const {
+    return py::reinterpret_borrow<py::list>(keep_);
+  }
+  bool gather(Call& call);
+  bool is_apart(const Call& call) const;
+  std::vector<at::Tensor> values(PyObject* self, const Call& call);
+  void raise_mismatch(const std::vector<at::Tensor>* observed);
+  void write_back(const Call& call, const std::vector<at::Tensor>& values) const;
+  PyObject* make(const Result& result, const Call& call, const std::vector<at::Tensor>& values)
+      const;
+  Result parse_result(const py::tuple& tree);
+
+  PyObject* keep_; // a list that the Python half holds
+  Surroundings surroundings_{};
+  PyObject* default_device_ = nullptr;
+  std::optional<ArgumentGuard> arguments_;
+  StateGuard state_;
+  std::vector<Source> lifted_;
+  std::vector<std::pair<int64_t, int64_t>> tied_;
+  std::vector<std::pair<int64_t, int64_t>> same_objects_; // handle, leaf
+  std::vector<std::pair<int64_t, std::optional<TensorGuard>>> gradients_;
+  std::vector<StorageGroup> groups_;
+  std::vector<int64_t> group_of_; // -1: on its own
+  std::vector<int64_t> written_;
+  std::vector<DataGuard> guards_;
+  std::shared_ptr<Program> program_;
+  PyObject* foreign_program_ = nullptr; // borrowed; has run(list of tensors) -> list of tensors
+  bool native_finish_ = false;
+  std::vector<SimpleWrite> writes_;
+  Result result_{Result::Kind::Constant};
+};
+
+// The C++ half of a CompiledGraph: finds the variant that fits, and asks Python's
+// `_serve(args, kwargs, variant, error)` when none does, or its data took another way.
+class Caller {
+ public:
+  PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs);
+  // Borrowed; the Python half holds them.
+  std::vector<std::pair<PyObject*, Variant*>> variants;
+};
+
+bool same_bits(const at::Tensor& a, const at::Tensor& b);
+
+void bind_call(py::module_& m);
+
+} // namespace tle
