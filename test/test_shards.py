@@ -66,6 +66,15 @@ class ShardsTest(unittest.TestCase):
             longest, mean = self.check(times, count)
             self.assertLessEqual(longest, 1.15 * mean)
 
+    def test_longest_first(self):
+        """Whatever they are called: a long one that comes last makes its shard longer."""
+        seconds = dict(a=3.0, b=3.0, c=3.0, d=4.0, e=5.0)
+        times = TestTimes({name: FileTimes(0.0, total) for name, total in seconds.items()})
+        planned = shards.plan([Work(name) for name in seconds], times, 2, self.fail)
+        self.assertEqual(
+            [[w.file for w in shard] for shard in planned], [["e", "b"], ["d", "a", "c"]]
+        )
+
     def test_nothing_recorded(self):
         works = [Work(name) for name in "abcde"]
         planned = shards.plan(works, TestTimes({}), 2, self.fail)
