@@ -1,12 +1,19 @@
-"""Gradients: an extracted backward behind the results of a replay."""
+"""Gradients: an extracted backward behind the results of a replay.
+
+The backward of a variant is captured with it. Its own derivative, which `create_graph=True` asks
+for, is captured when that happens: the program is recorded once more, with `torch.autograd.grad`
+after it as often as was differentiated, and this graph is differentiable as the first one was.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _lower
+from torch_lazy_ext import _C, _lift, _lower, _record
 from torch_lazy_ext._errors import UnsupportedError
 
 
@@ -17,10 +24,173 @@ class Backward:
         self.lowered = lowered
         self.program = _C.Program(lowered.graph)
 
+    def check(self, recorder: _C.Recorder, values: list[torch.Tensor]) -> bool:
+        """Run it operator by operator for some tangents, before anybody has seen a result.
+
+        Args:
+            values: the roots of the forward.
+
+        Returns:
+            Whether all strides are as recorded; if not, they are known now.
+        """
+        lowered = self.lowered
+        saved = [values[r] for r in lowered.saved]
+        tangents = [
+            torch.empty_strided(values[r].shape, strides, dtype=values[r].dtype).fill_(1)
+            for r, strides in zip(lowered.outputs, lowered.strides)
+        ]
+        checked = recorder.run_checked(
+            lowered.roots, lowered.begin, lowered.given, [*saved, *tangents]
+        )
+        return not checked.learned
+
+    def run(self, saved: tuple[torch.Tensor, ...], tangents: list[torch.Tensor]) -> Any:
+        """The gradients of `lowered.wrt`."""
+        values = self.program.run([*saved, *tangents])
+        for guard in self.lowered.guards:
+            value = values[guard.root]
+            if list(value.shape) != guard.expected:
+                raise UnsupportedError(
+                    f"a tensor in the backward of an extracted graph has the shape "
+                    f"{tuple(value.shape)} on these gradients (at {guard.source}), and had "
+                    f"{tuple(guard.expected)} when it was captured: call the program itself"
+                )
+        return values
+
+
+class Derivatives:
+    """The higher derivatives of one variant.
+
+    Args:
+        record: records the program once more, on the arguments of a call that the variant answered.
+        refused: why there are none, or nothing.
+    """
+
+    def __init__(
+        self,
+        record: Callable[[tuple[Any, ...], dict[str, Any]], tuple[_record.Recording, _lift.State]],
+        refused: str,
+    ) -> None:
+        self.refused = refused
+        self._record = record
+        self._known: dict[int, _Derivative] = {}
+        self._lock = threading.Lock()
+
+    def get(self, order: int, origin: Origin) -> _Derivative:
+        known = self._known.get(order)
+        if known is None:
+            with self._lock:
+                recording, state = self._record(origin.args, origin.kwargs)
+                try:
+                    lowered = _lower.lower_derivative(recording, state, order)
+                    origin.check_lifted(recording.recorder)
+                    known = _Derivative(lowered, recording.recorder)
+                finally:
+                    recording.recorder.release()
+                self._known[order] = known
+        return known
+
+    def forget(self, order: int) -> None:
+        with self._lock:
+            self._known.pop(order, None)
+
+
+class Origin:
+    """What a higher derivative needs of the call that it belongs to.
+
+    Args:
+        args, kwargs: the arguments.
+        tensors: the lifted tensors, before the call wrote to any.
+        states: the generators that the program draws from, as the call found them.
+    """
+
+    def __init__(
+        self,
+        derivatives: Derivatives,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+        states: list[tuple[torch.Generator, torch.Tensor]],
+    ) -> None:
+        self.derivatives = derivatives
+        self.refused = derivatives.refused
+        if not self.refused:  # or all this would be kept for nothing
+            self.args, self.kwargs = args, kwargs
+            self.tensors = tensors
+            self.states = states
+            self._stamps = [None if t is None else _stamp(t) for t in tensors]
+
+    def check_lifted(self, recorder: _C.Recorder) -> None:
+        """Raise an error unless the program was recorded on the tensors of the call."""
+        for i, (tensor, _twin, constant, _base) in enumerate(recorder.lifted()):
+            if not constant and (i >= len(self.tensors) or tensor is not self.tensors[i]):
+                raise UnsupportedError(CHANGED)
+
+    def check(self, derivative: _Derivative) -> None:
+        """Raise an error unless these tensors are as the call found them."""
+        for i in derivative.reads:
+            if _stamp(self.tensors[i]) != self._stamps[i]:
+                raise UnsupportedError(
+                    "a tensor that the program reads was modified by an in-place operation between "
+                    "the call of an extracted graph and the derivative of its backward "
+                    "(create_graph=True), or by the call itself: call the program itself instead "
+                    "of its graph"
+                )
+
+
+CHANGED = (
+    "the derivative of an extracted backward (create_graph=True) is captured when it is asked for, "
+    "and the program's arguments, attributes or settings are not as they were at the call: call "
+    "the program itself instead of its graph"
+)
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr()
+
+
+class _Derivative:
+    """Gradients as a graph of the lifted tensors and the tangents, with a backward of its own."""
+
+    def __init__(self, lowered: _lower.Derivative, recorder: _C.Recorder) -> None:
+        self.lowered = lowered
+        inputs = recorder.lifted()
+        self.reads = [i for i in lowered.parameters if not inputs[i][2]]
+        self.program = _C.Program(lowered.graph)
+        self.backward = None if lowered.backward is None else Backward(lowered.backward)
+        self._recorder: _C.Recorder | None = recorder  # until the first run
+
+    def run(self, inputs: dict[int, torch.Tensor]) -> list[torch.Tensor] | None:
+        """The roots for lifted tensors and tangents by index; None: capture again."""
+        given = [inputs[i] for i in self.lowered.parameters]
+        recorder = self._recorder
+        if recorder is None:
+            values = self.program.run(given)
+        else:
+            parameters = recorder.input_values(self.lowered.parameters)
+            checked = recorder.run_checked(self.lowered.roots, 0, parameters, given)
+            if not checked.complete:
+                return None
+            values = checked.values
+            if self.backward is not None and not self.backward.check(recorder, values):
+                return None
+            self._recorder = None
+        for guard in self.lowered.guards:
+            value = values[guard.root]
+            if not (
+                _C.same_bits(value, guard.expected)
+                if guard.is_value
+                else list(value.shape) == guard.expected
+            ):
+                return None
+        return values
+
 
 def attach(
     backward: Backward,
     written: set[int],
+    origin: Origin,
     tensors: list[torch.Tensor],
     values: list[torch.Tensor],
 ) -> list[torch.Tensor]:
@@ -28,16 +198,23 @@ def attach(
 
     Args:
         written: the memory that the call is going to write to.
-        tensors: the lifted tensors.
         values: the roots of the forward; returned with those that require grad replaced.
     """
-    lowered = backward.lowered
-    saved = [values[r] for r in lowered.saved]
+    saved = [values[r] for r in backward.lowered.saved]
     if written:
         # What is saved is the value before the call wrote to it.
         saved = [t.clone() if t.untyped_storage().data_ptr() in written else t for t in saved]
-    call = _Call(backward, saved, [values[r] for r in lowered.outputs])
-    outputs = _Differentiable.apply(call, *(tensors[i] for i in lowered.wrt))
+    call = _Call(backward, saved, origin, 0, dict(enumerate(tensors)))
+    values = _apply(call, values)
+    if origin.refused:
+        call.inputs = {}
+    return values
+
+
+def _apply(call: _Call, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    lowered = call.backward.lowered
+    call.outputs = [values[r] for r in lowered.outputs]
+    outputs = _Differentiable.apply(call, *(call.inputs[i] for i in lowered.wrt))
     values = list(values)
     for root, output in zip(lowered.outputs, outputs):
         values[root] = output
@@ -45,14 +222,65 @@ def attach(
 
 
 class _Call:
-    """What one call hands to its backward."""
+    """What one call hands to its backward.
+
+    Attributes:
+        saved, outputs: taken by the autograd.Function.
+        order: how often the program was differentiated to come to this graph.
+        inputs: what the graph was given, by the index of the lifted tensor or tangent.
+    """
 
     def __init__(
-        self, backward: Backward, saved: list[torch.Tensor], outputs: list[torch.Tensor]
+        self,
+        backward: Backward,
+        saved: list[torch.Tensor],
+        origin: Origin,
+        order: int,
+        inputs: dict[int, torch.Tensor],
     ) -> None:
         self.backward = backward
         self.saved = saved
-        self.outputs = outputs
+        self.outputs: list[torch.Tensor] = []
+        self.origin = origin
+        self.order = order
+        self.inputs = inputs
+
+    def differentiably(self, tangents: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The gradients of `backward.lowered.wrt`, as results of a graph with a backward."""
+        order = self.order + 1
+        origin = self.origin
+        if origin.refused:
+            raise UnsupportedError(
+                f"second derivatives (create_graph=True) of an extracted graph: {origin.refused}. "
+                "Call the program itself for those"
+            )
+        now = [(g, g.get_state()) for g, _state in origin.states]
+        try:
+            for _attempt in range(4):
+                # The numbers that the call has drawn.
+                for generator, state in origin.states:
+                    generator.set_state(state)
+                derivative = origin.derivatives.get(order, origin)
+                origin.check(derivative)
+                for generator, state in origin.states:
+                    generator.set_state(state)
+                inputs = dict(self.inputs)
+                inputs.update(derivative.lowered.constants)
+                inputs.update(zip(derivative.lowered.tangents, tangents, strict=True))
+                values = derivative.run(inputs)
+                if values is not None:
+                    break
+                origin.derivatives.forget(order)
+            else:
+                raise UnsupportedError(CHANGED)
+        finally:
+            for generator, state in now:
+                generator.set_state(state)
+        if derivative.backward is not None:
+            saved = [values[r] for r in derivative.backward.lowered.saved]
+            values = _apply(_Call(derivative.backward, saved, origin, order, inputs), values)
+        gradients = derivative.lowered.gradients
+        return [values[gradients[i]] if i in gradients else None for i in self.backward.lowered.wrt]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -60,36 +288,32 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.backward_half = call.backward
+        ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.saved)
         ctx.like = [(t.shape, t.dtype) for t in call.outputs]
         outputs = tuple(t.detach() for t in call.outputs)
-        call.outputs = []
+        call.saved, call.outputs = [], []
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise UnsupportedError(
-                "second derivatives (create_graph=True) of an extracted graph: call the program "
-                "itself for those"
-            )
-        backward: Backward = ctx.backward_half
-        lowered = backward.lowered
+        call: _Call = ctx.call
+        lowered = call.backward.lowered
         given = frozenset(k for k, t in enumerate(tangents) if t is not None)
         dense = []
         for tangent, strides, (shape, dtype) in zip(tangents, lowered.strides, ctx.like):
-            if tangent is None or tangent.stride() != strides:
+            if tangent is None or tangent.stride() != strides or tangent.is_conj():
                 empty = torch.empty_strided(shape, strides, dtype=dtype)
                 tangent = empty.zero_() if tangent is None else empty.copy_(tangent)
             dense.append(tangent)
-        values = backward.program.run([*ctx.saved_tensors, *dense])
+        if torch.is_grad_enabled():
+            values = call.differentiably(dense)
+        else:
+            values = call.backward.run(ctx.saved_tensors, dense)
         # No tangent on the way: no gradient, which is not the same as zero.
-        return (
-            None,
-            *(v if reached & given else None for v, reached in zip(values, lowered.reached)),
-        )
+        results = [v if reached & given else None for v, reached in zip(values, lowered.reached)]
+        return (None, *results, *[None] * (len(lowered.wrt) - len(results)))
 
 
 def spend(spent: list[tuple[int, str]], values: list[torch.Tensor]) -> list[torch.Tensor]:

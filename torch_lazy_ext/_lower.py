@@ -130,6 +130,7 @@ class Write:
         bumps: how often eager would have bumped its version counter.
         meta: sizes, strides and storage offset relative to the old one, when they change.
         source: what replaces its storage (`Tensor.set_`).
+        differentiable: autograd follows the write.
     """
 
     index: int
@@ -137,6 +138,7 @@ class Write:
     bumps: int
     meta: tuple[list[int], list[int], int] | None = None
     source: Source | None = None
+    differentiable: bool = False
 
 
 @dataclasses.dataclass
@@ -155,9 +157,14 @@ class Backward:
         graph: from saved values and tangents to gradients.
         outputs: roots of the forward that get a tangent, in order.
         saved: roots of the forward that the backward reads.
-        wrt: for each gradient, the index of the lifted tensor it belongs to.
-        reached: for each gradient, the positions in `outputs` whose tangents it depends on.
+        wrt: for each gradient, the index of the lifted tensor it belongs to; then those that
+            autograd leads to and has no gradient for.
+        reached: for each gradient, the positions in `outputs` that autograd leads to it from.
         strides: for each output, the strides of the tangent it was recorded with.
+        guards: shapes that depend on the tangents; their roots follow the gradients.
+        begin: the first node of the backward.
+        given: the values of `saved`, then the tangents.
+        roots: the values of gradients and guards.
     """
 
     graph: torch._C.Graph
@@ -166,6 +173,33 @@ class Backward:
     wrt: list[int]
     reached: list[frozenset[int]]
     strides: list[tuple[int, ...]]
+    guards: list[ValueGuard]
+    begin: int
+    given: list[_C.ValueRef]
+    roots: list[_C.ValueRef]
+
+
+@dataclasses.dataclass
+class Derivative:
+    """Gradients of a program as a graph, which a backward belongs to.
+
+    Attributes:
+        graph: from lifted tensors and tangents to gradients.
+        roots: gradients, what the backward saves, and guards.
+        parameters: for each input of the graph, the index of the lifted tensor or tangent.
+        constants: index -> what the program made itself.
+        tangents: indices of the tangents of the last differentiation.
+        gradients: index of a lifted tensor or earlier tangent -> root.
+    """
+
+    graph: torch._C.Graph
+    roots: list[_C.ValueRef]
+    parameters: list[int]
+    constants: dict[int, torch.Tensor]
+    tangents: list[int]
+    gradients: dict[int, int]
+    guards: list[ValueGuard]
+    backward: Backward | None
 
 
 @dataclasses.dataclass
@@ -251,21 +285,27 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     lifted = recorder.lifted()
     _check_generators(recorder, recording, state)
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
+    for write in writes:
+        if write.differentiable:
+            twin = lifted[write.index][1]
+            sources.differentiable.append((FromRoot(write.root), twin))
     num_exposed = len(roots.values)
     _check_sharing(recorder, lifted, writes)
-    guards = [
-        ValueGuard(roots.add(value), expected, is_value, source)
-        for value, expected, is_value, source in recorder.guards()
-    ]
-    end = len(recorder)
     backward, spent = None, []
     if sources.differentiable:
         differentiable = sources.differentiable
         if recording.ran_backward:
             differentiable, spent = _unspent(recorder, differentiable)
-        if differentiable:
-            backward = _backward(recorder, differentiable, lifted, roots)
-    graph, parameters = _C.lower(recorder, roots.values, num_exposed, 0, end)
+        wrt = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
+        if differentiable and wrt:
+            backward = _backward(recording, differentiable, roots, wrt)
+    # A backward may have looked at values of the forward, too.
+    guards = [
+        ValueGuard(roots.add(value), expected, is_value, source)
+        for value, expected, is_value, source in recorder.guards()
+        if not recorder.depends_on_tangent(value)
+    ]
+    graph, parameters = _C.lower(recorder, roots.values, num_exposed, 0, len(recorder))
     lifted = recorder.lifted()
     return Lowered(
         graph=graph,
@@ -286,6 +326,93 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         uses_storage_offset=any(n.kind() == "aten::as_strided" for n in graph.nodes()),
         backward=backward,
     )
+
+
+def lower_derivative(recording: Recording, state: _lift.State, order: int) -> Derivative:
+    """Record `torch.autograd.grad` `order` times after a program, and lower the last gradients.
+
+    The results, and then the gradients, are differentiated with respect to all that the program
+    lifted and to the tangents so far, with tangents of their own.
+    """
+    recorder = recording.recorder
+    roots = _Roots()
+    sources = _Sources(recording, state, roots)
+    sources.of(recording.result)
+    lifted = recorder.lifted()
+    for i in range(len(lifted)):
+        for write in _write(recorder, lifted, i, sources, roots):
+            if write.differentiable:
+                sources.differentiable.append((FromRoot(write.root), lifted[i][1]))
+    outputs = list({source.root: leaf for source, leaf in sources.differentiable}.values())
+    leaves = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
+    tangents: dict[int, torch.Tensor] = {}
+    gradients: dict[int, torch.Tensor] = {}
+    for _ in range(order):
+        tangents = {}
+        for output in outputs:
+            index = len(recorder.sources())
+            tangents[index] = recorder.add_tangent(output).requires_grad_()
+        gradients = _differentiate(recording, outputs, leaves, list(tangents.values()), True)
+        leaves = {**leaves, **tangents}
+        by_value = {recorder.describe(g).value: g for g in gradients.values()}
+        outputs = [g for g in by_value.values() if g.requires_grad]
+    roots = _Roots()
+    by_leaf = {i: roots.add(recorder.describe(g).value) for i, g in gradients.items()}
+    differentiable = [
+        (FromRoot(root), gradients[i]) for i, root in by_leaf.items() if gradients[i].requires_grad
+    ]
+    num_exposed = len(roots.values)
+    end = len(recorder)
+    backward = _backward(recording, differentiable, roots, leaves) if differentiable else None
+    guards = [
+        ValueGuard(roots.add(value), expected, is_value, source)
+        for value, expected, is_value, source in recorder.guards()
+        if value.node < end or not recorder.depends_on_tangent(value)
+    ]
+    graph, parameters = _C.lower(recorder, roots.values, num_exposed, 0, len(recorder))
+    constants = {
+        i: tensor
+        for i, (tensor, _twin, constant, _base) in enumerate(recorder.lifted())
+        if constant and tensor is not None
+    }
+    return Derivative(
+        graph=graph,
+        roots=roots.values,
+        parameters=parameters,
+        constants=constants,
+        tangents=list(tangents),
+        gradients=by_leaf,
+        guards=guards,
+        backward=backward,
+    )
+
+
+def _differentiate(
+    recording: Recording,
+    outputs: list[torch.Tensor],
+    leaves: dict[int, torch.Tensor],
+    tangents: list[torch.Tensor],
+    create_graph: bool,
+) -> dict[int, torch.Tensor]:
+    """The gradients of `leaves` that there are."""
+    recorder = recording.recorder
+    random_calls = recorder.random_calls()
+    gradients = recording.resume(
+        lambda: torch.autograd.grad(
+            outputs,
+            list(leaves.values()),
+            tangents,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+    if recorder.random_calls() != random_calls:
+        raise UnsupportedError(
+            "the backward of the program draws random numbers that its forward has not drawn "
+            "(torch.utils.checkpoint with preserve_rng_state=False around dropout): a replay could "
+            "not draw them in eager's order"
+        )
+    return {i: g for i, g in zip(leaves, gradients) if g is not None}
 
 
 def _unspent(
@@ -311,71 +438,41 @@ def _unspent(
 
 
 def _backward(
-    recorder: _C.Recorder,
+    recording: Recording,
     differentiable: list[tuple[FromRoot, torch.Tensor]],
-    lifted: list[tuple[torch.Tensor, torch.Tensor, bool, int]],
     roots: _Roots,
-) -> Backward | None:
+    leaves: dict[int, torch.Tensor],
+) -> Backward:
     """Record `torch.autograd.grad` after the program, and lower what it adds on its own.
 
     The joint graph is cut where PyTorch's autograd cuts it: what the backward reads of the forward
     is what eager saves.
     """
-    for tensor, twin, constant, _base in lifted:
-        if not constant and twin.grad_fn is not None and tensor.grad_fn is None:
-            raise UnsupportedError(
-                "the program writes a result that requires grad to a tensor that it was given: "
-                "return the result instead"
-            )
+    recorder = recording.recorder
     begin = len(recorder)
     outputs = {source.root: leaf for source, leaf in differentiable}
     tangents = [recorder.add_tangent(leaf) for leaf in outputs.values()]
-    # A custom autograd.Function is given the user's own tensor, and not its twin.
-    wrt = [
-        (i, t)
-        for i, (tensor, twin, constant, _base) in enumerate(lifted)
-        if not constant and tensor.requires_grad
-        for t in (twin, tensor)
-        if t.requires_grad
-    ]
-    if not wrt:
-        return None
-    recorder.verify_layouts = False  # tangents have no values to run with
-    random_calls = recorder.random_calls()
-    gradients = recorder.resumed(
-        lambda: torch.autograd.grad(
-            list(outputs.values()), [t for _i, t in wrt], tangents, allow_unused=True
-        )
-    )
-    by_index: dict[int, torch.Tensor] = {}
-    for (i, _t), gradient in zip(wrt, gradients):
-        if gradient is not None:
-            known = by_index.get(i)
-            by_index[i] = (
-                gradient if known is None else recorder.resumed(lambda a=known, b=gradient: a + b)
-            )
-    if recorder.random_calls() != random_calls:
-        raise UnsupportedError(
-            "the backward of the program draws random numbers (torch.utils.checkpoint around "
-            "dropout): a replay could not draw the forward's again. Checkpoint without randomness"
-        )
-    values = [recorder.describe(g).value for g in by_index.values()]
+    gradients = _differentiate(recording, list(outputs.values()), leaves, tangents, False)
+    paths = _paths(list(outputs.values()))
+    by_leaf = {i: recorder.describe(g).value for i, g in gradients.items()}
+    # In the order in which eager has them ready: DistributedDataParallel fills buckets by it.
+    wrt = sorted(by_leaf, key=lambda i: by_leaf[i].node)
+    values = [by_leaf[i] for i in wrt]
     tangent_values = [recorder.describe(t).value for t in tangents]
-    position = {v: k for k, v in enumerate(tangent_values)}
-    # What each value depends on, from the tangents down.
-    reached: dict[int, frozenset[int]] = {v.node: frozenset([k]) for v, k in position.items()}
-    needed = {v.node for v in values}
-    given = set(position)
+    guards = [
+        (value, ValueGuard(len(values) + k, expected, is_value, source))
+        for k, (value, expected, is_value, source) in enumerate(
+            g for g in recorder.guards() if g[0].node >= begin and recorder.depends_on_tangent(g[0])
+        )
+    ]
+    values += [value for value, _guard in guards]
+    given = set(tangent_values)
 
     def is_saved(v: _C.ValueRef) -> bool:
         return v.node < begin or (recorder.is_input(v) and v not in given)
 
     saved: dict[_C.ValueRef, None] = {v: None for v in values if is_saved(v)}
-    for node in range(begin, len(recorder)):
-        operands = recorder.operands(node)
-        reached.setdefault(
-            node, frozenset().union(*(reached.get(v.node, frozenset()) for v in operands))
-        )
+    needed = {v.node for v in values}
     for node in range(len(recorder) - 1, begin - 1, -1):
         if node in needed:
             for v in recorder.operands(node):
@@ -383,16 +480,49 @@ def _backward(
                 if is_saved(v):
                     saved[v] = None
     boundary = list(saved) + tangent_values
-    graph, parameters = _C.lower(recorder, values, 0, begin, len(recorder), boundary)
+    graph, parameters = _C.lower(recorder, values, len(values), begin, len(recorder), boundary)
     assert not parameters, "everything that a backward reads is saved"
     return Backward(
         graph=graph,
         outputs=list(outputs),
         saved=[roots.add(v) for v in saved],
-        wrt=list(by_index),
-        reached=[reached.get(v.node, frozenset()) for v in values],
-        strides=[leaf.stride() for leaf in outputs.values()],
+        wrt=wrt + [i for i in leaves if id(leaves[i]) in paths and i not in by_leaf],
+        reached=[paths[id(leaves[i])] for i in wrt],
+        strides=[t.stride() for t in tangents],
+        guards=[guard for _value, guard in guards],
+        begin=begin,
+        given=boundary,
+        roots=values,
     )
+
+
+def _paths(outputs: list[torch.Tensor]) -> dict[int, frozenset[int]]:
+    """id of a leaf -> the positions in `outputs` from which autograd has a way to it."""
+    order: list[Any] = []  # every function before those that it leads to, once reversed
+    found: set[Any] = set()
+    for output in outputs:
+        stack = [(output.grad_fn, False)]
+        while stack:
+            function, done = stack.pop()
+            if done:
+                order.append(function)
+            elif function not in found:
+                found.add(function)
+                stack.append((function, True))
+                stack.extend((f, False) for f, _k in function.next_functions if f is not None)
+    reached: dict[Any, int] = dict.fromkeys(order, 0)
+    for k, output in enumerate(outputs):
+        reached[output.grad_fn] |= 1 << k
+    leaves = {}
+    for function in reversed(order):
+        mask = reached[function]
+        for following, _k in function.next_functions:
+            if following is not None:
+                reached[following] |= mask
+        if hasattr(function, "variable"):
+            positions = (k for k in range(len(outputs)) if mask >> k & 1)
+            leaves[id(function.variable)] = frozenset(positions)
+    return leaves
 
 
 def _write(
@@ -425,11 +555,29 @@ def _write(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation."
         )
+    differentiable = _has_own_history(twin, recorder.sources()[index])
+    if differentiable and (meta is not None or base >= 0):
+        raise UnsupportedError(
+            "the program writes a result that requires grad to a tensor that it was given, and "
+            "changes its shape or writes to its memory through another tensor: return the result "
+            "instead"
+        )
     if about.mutated and base in (-1, index):
-        return [Write(index, roots.add(about.value), about.version, meta)]
+        return [
+            Write(index, roots.add(about.value), about.version, meta, differentiable=differentiable)
+        ]
     if about.version or meta is not None:
         return [Write(index, None, about.version, meta)]
     return []
+
+
+def _has_own_history(twin: torch.Tensor, source: torch.Tensor | None) -> bool:
+    """Whether autograd has followed a write to a lifted tensor."""
+    if twin.grad_fn is None:
+        return False
+    # What it had before leads to nothing else.
+    following = [function for function, _k in twin.grad_fn.next_functions]
+    return source is None or getattr(following[0], "variable", None) is not source
 
 
 def _check_generators(recorder: _C.Recorder, recording: Recording, state: _lift.State) -> None:

@@ -50,19 +50,34 @@ class Capture:
         self.required: dict[int, torch.Tensor] = {}
         self.ran_backward = False
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
-        self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, random calls so far
+        self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, numbers drawn so far
+        self._furthest = 0  # how many were drawn before the state was put back
 
     def __enter__(self) -> Capture:
-        with Capture._lock:
-            Capture._count += 1
-            if Capture._count == 1:
-                _install()
-        _running.capture = self
+        self._begin()
         self.recorder.enter()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.recorder.exit()
+        self._end()
+
+    def resume(self, fn: Callable[[], Any]) -> Any:
+        """Call `fn` after the program has ended, as a part of it."""
+        self._begin()
+        try:
+            return self.recorder.resumed(fn)
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        with Capture._lock:
+            Capture._count += 1
+            if Capture._count == 1:
+                _install()
+        _running.capture = self
+
+    def _end(self) -> None:
         _running.capture = None
         with Capture._lock:
             Capture._count -= 1
@@ -125,14 +140,30 @@ class Capture:
 
     def get_rng_state(self, func: Any, *args: Any) -> torch.Tensor:
         state = func(*args)
-        self._rng_states.append((state, self.recorder.random_calls()))
+        self._rng_states.append((state, self.recorder.random_position()))
         return state
 
     def set_rng_state(self, func: Any, state: torch.Tensor, *args: Any) -> None:
-        # Back to the present state (`torch.utils.checkpoint` around nothing random).
-        now = self.recorder.random_calls()
-        if not any(state is known and count == now for known, count in self._rng_states):
-            self.seed(func)
+        # Back to where it was (`torch.utils.checkpoint`): the same numbers come again.
+        for known, position in self._rng_states:
+            if state is known:
+                self._furthest = max(self._furthest, self.recorder.random_position())
+                self.recorder.seek(position)
+                return
+        self.seed(func)
+
+    def check_random_position(self) -> None:
+        if self.recorder.random_position() < self._furthest:
+            raise UnsupportedError(
+                "the program leaves the random number generator in a state of before "
+                "(torch.set_rng_state, torch.random.fork_rng): a replay goes on from its last "
+                "number. Draw from a torch.Generator that is an argument"
+            )
+
+    def apply(self, func: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # No operator: a custom autograd.Function would be given the user's own tensors.
+        twins = [self.recorder.twin_of(a) if self.owns(a) else a for a in args]
+        return func(cls, *twins, **kwargs)
 
     def seed(self, func: Any, *args: Any) -> Any:
         raise UnsupportedError(
@@ -374,6 +405,8 @@ def _install() -> None:
     for owner in (torch.nn.Module, torch.optim.Optimizer):
         replace(owner, "zero_grad", _function(owner.zero_grad, Capture.zero_grad))
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
+    apply = vars(torch.autograd.Function)["apply"].__func__
+    replace(torch.autograd.Function, "apply", classmethod(_function(apply, Capture.apply)))
     for owner, name in _FROM_DATA:
         replace(owner, name, _from_data(getattr(owner, name)))
 
@@ -409,8 +442,10 @@ class Recording:
         ran_backward: whether the program called `backward()`.
     """
 
-    def __init__(self, recorder: _C.Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, capture: Capture, state: _lift.State) -> None:
+        self.recorder = capture.recorder
+        self._capture = capture
+        self._state = state
         self.result: Any = None
         self.leaves: list[Any] = []
         self.containers: list[Any] = []
@@ -422,6 +457,34 @@ class Recording:
         ] = []
         self.required: list[tuple[torch.Tensor, bool]] = []
         self.ran_backward = False
+
+    def resume(self, backward: Callable[[], Any]) -> Any:
+        """Record a backward after the program.
+
+        Raises:
+            UnsupportedError: a hook or a custom backward does what a graph cannot hold.
+        """
+        before = [_tree.parts(c) for c in self.containers]
+        assigned, gradients = len(self._capture.assigned), len(self._capture.gradients)
+        with torch.autocast("cpu", enabled=False):  # as eager recommends for backward()
+            result = self._capture.resume(backward)
+        self._capture.check_random_position()
+        changed = [f"{type(c.owner).__name__} ({c.key!r})" for c in self._state.take_back()]
+        for container, old in zip(self.containers, before):
+            now = _tree.parts(container)
+            assert now is not None and old is not None
+            if now[0] != old[0] or any(a is not b for a, b in zip(now[1], old[1])):
+                changed.append(type(container).__name__)
+        if assigned != len(self._capture.assigned) or gradients != len(self._capture.gradients):
+            changed.append("tensor (its data or gradient)")
+        if changed:
+            raise UnsupportedError(
+                f"the backward of the program changes state, a {changed[0]} (a hook that notes "
+                "what it sees, a custom autograd.Function): a replay runs no Python in the "
+                "backward. Register such a hook outside of the program, on its arguments, "
+                "parameters or results"
+            )
+        return result
 
 
 def record(
@@ -447,6 +510,12 @@ def record(
         UnsupportedError: the program did something a graph cannot hold.
         Exception: whatever the program itself raises.
     """
+    if any(isinstance(m, torch.nn.parallel.DistributedDataParallel) for m in state.modules):
+        raise UnsupportedError(
+            "DistributedDataParallel works with autograd hooks, which a graph cannot hold: capture "
+            "the module, and wrap its graph: "
+            "DistributedDataParallel(extract_compiled_graph(module, args).as_module())"
+        )
     recorder = _C.Recorder()
     recorder.verify_layouts = verify_layouts
     for tensor in shared:
@@ -468,7 +537,8 @@ def record(
             )
         return capture.lift_argument(leaf)
 
-    recording, capture = Recording(recorder), Capture(recorder)
+    capture = Capture(recorder)
+    recording = Recording(capture, state)
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
@@ -511,6 +581,11 @@ def record(
         if now[0] != old[0] or any(a is not b for a, b in zip(now[1], old[1])):
             recording.refilled[i] = container
     recording.assigned = list(capture.assigned.values())
+    try:
+        capture.check_random_position()
+    except UnsupportedError:
+        recorder.release()
+        raise
     _release_kept(recording)
     if recorder.fallbacks:
         listing = ", ".join(
@@ -553,17 +628,38 @@ def _release_kept(recording: Recording) -> None:
             continue
         if recorder.depends_on_input(about.value):
             if certainly_held:
-                stale.append(recorder.node_info(about.value.node))
+                stale.append(tensor)
         else:
             value = recorder.materialize(tensor, guard=False).clone()
             torch._C._swap_tensor_impl(tensor, value)
     if stale:
-        name, _metas, where = stale[0]
+        # What a custom autograd.Function keeps in its context is for the backward.
+        contexts: dict[int, torch.Tensor] = {}
+        _reach(_contexts(list(expected.values())), contexts)
+        stale = [t for t in stale if id(t) not in contexts]
+    if stale:
+        name, _metas, where = recorder.node_info(recorder.describe(stale[0]).value.node)
         raise UnsupportedError(
             f"the program keeps the result of {name} (at {where}) in a place outside of its "
             "results, attributes and closures, which a replay cannot bring up to date: return it, "
             "or keep it in an attribute of the module"
         )
+
+
+def _contexts(tensors: list[torch.Tensor]) -> list[Any]:
+    """What the custom functions in the history of these tensors keep in attributes."""
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in tensors if t.requires_grad]
+    held = []
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        stack.extend(following for following, _k in function.next_functions)
+        if isinstance(function, torch.autograd.function.FunctionCtx):
+            held.append(list(vars(function).values()))
+    return held
 
 
 def _reach(values: list[Any], tensors: dict[int, torch.Tensor]) -> None:

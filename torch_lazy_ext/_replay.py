@@ -41,6 +41,17 @@ _KEPT_ERRORS = (_Learned, _Mismatch, ExtractionError)
 _HANDLED_ERRORS = (_Learned, _Mismatch)
 
 
+def _no_derivatives(lowered: _lower.Lowered) -> str:
+    """Why a program cannot be recorded once more after a call; nothing if it can."""
+    if lowered.refills or lowered.effects or lowered.assigned or lowered.required:
+        return "the program changes attributes, or containers that it is given"
+    if lowered.gradients or lowered.spent:
+        return "the program calls backward() itself"
+    if any(base >= 0 for _tensor, _constant, base in lowered.lifted):
+        return "the program writes to memory that several of its tensors share"
+    return ""
+
+
 class Guard:
     """A value or a shape that the program looked at while it was captured.
 
@@ -109,6 +120,15 @@ class Specialization(_C.Variant):
         self._first_run = threading.Lock()
         self._guard_calls(flat, state, lowered)
         self._set_up_lifted(flat, state, lowered)
+        self._derivatives = _gradients.Derivatives(
+            functools.partial(
+                self._record_again,
+                fn,
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+            ),
+            _no_derivatives(lowered),
+        )
         self.guards = [Guard(g) for g in lowered.guards]
         for guard in self.guards:
             add = self._add_value_guard if guard.is_value else self._add_size_guard
@@ -124,9 +144,7 @@ class Specialization(_C.Variant):
         """The graph as aten operators in FX, with a fake tensor for each value."""
         return _fx.graph_module(self.graph)
 
-    def _guard_calls(
-        self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered
-    ) -> None:
+    def _guard_calls(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
         self._set_arguments(flat.spec, leaves, lowered.uses_storage_offset)
         for slot, value in state.values:
@@ -134,9 +152,7 @@ class Specialization(_C.Variant):
         for container, before in state.containers:
             self._add_size(container, len(before))
 
-    def _set_up_lifted(
-        self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered
-    ) -> None:
+    def _set_up_lifted(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         """Say how to come by each lifted tensor at a call."""
         position: dict[int, int] = {}
         for i, leaf in enumerate(flat.leaves):
@@ -189,6 +205,26 @@ class Specialization(_C.Variant):
             guard.holds(value) for guard, value in zip(self.guards, observed)
         )
 
+    def _record_again(
+        self,
+        fn: Callable[..., Any],
+        autocast: bool,
+        autocast_dtype: torch.dtype,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[_record.Recording, _lift.State]:
+        """Record the program once more, on the arguments of a call that this variant answered.
+
+        Raises:
+            UnsupportedError: what it reads beside its arguments has changed since.
+        """
+        with torch.enable_grad(), torch.autocast("cpu", autocast_dtype, autocast):
+            if self.match(args, kwargs) is None:
+                raise UnsupportedError(_gradients.CHANGED)
+            leaves = _tree.flatten((args, kwargs)).leaves
+            state = _lift.State(fn, *(v for v in leaves if not isinstance(v, torch.Tensor)))
+            return _record.record(fn, args, kwargs, state, []), state
+
     def _written(self, tensors: list[torch.Tensor]) -> set[int]:
         """The memory that a call writes to."""
         writes = [w for w in self._lowered.writes if w.root is not None]
@@ -199,13 +235,16 @@ class Specialization(_C.Variant):
         with self._first_run:
             recorder = self._recorder
             if recorder is not None:
-                checked = recorder.run_checked(
-                    self._lowered.roots, self._lowered.parameters, inputs
-                )
+                given = recorder.input_values(self._lowered.parameters)
+                checked = recorder.run_checked(self._lowered.roots, 0, given, inputs)
                 if checked.learned:
                     raise _Learned
                 if not checked.complete:
                     raise _Mismatch(None)
+                if self._backward is not None and not self._backward.check(
+                    recorder, checked.values
+                ):
+                    raise _Learned
                 self._recorder = None
                 self._checked = True
                 return checked.values
@@ -216,11 +255,21 @@ class Specialization(_C.Variant):
         containers: list[Any],
         tensors: list[torch.Tensor],
         values: list[torch.Tensor],
+        states: list[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """The effects and the result of a call, once it is certain that they are right."""
+        """The effects and the result of a call, once it is certain that they are right.
+
+        Args:
+            states: of the generators, as the call found them.
+        """
         lowered = self._lowered
         if self._backward is not None:
-            values = _gradients.attach(self._backward, self._written(tensors), tensors, values)
+            drawn = list(zip(lowered.generators, states))
+            origin = _gradients.Origin(self._derivatives, args, kwargs, tensors, drawn)
+            written = self._written(tensors)
+            values = _gradients.attach(self._backward, written, origin, tensors, values)
         values = _gradients.spend(lowered.spent, values)
         take = _Results(containers, tensors, values)
         with torch.no_grad():
@@ -285,7 +334,8 @@ def _write_back(
                 tensor.resize_(sizes)
             tensor.as_strided_(sizes, strides, offset)
         if write.root is not None:
-            tensor.copy_(values[write.root])
+            with torch.set_grad_enabled(write.differentiable):
+                tensor.copy_(values[write.root])
     if counted:
         torch._C._autograd._unsafe_set_version_counter(
             tuple(tensors[w.index] for w in counted),
@@ -379,6 +429,23 @@ def _capture(
 def _kept_value(leaf: Any) -> Any:
     # An array can be written to between the calls.
     return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
+
+
+class ExtractedModule(nn.Module):
+    """A graph as a module, for what wraps modules (`DistributedDataParallel`).
+
+    Attributes:
+        module: the module that was captured; its parameters and buffers are those of the graph.
+    """
+
+    def __init__(self, module: nn.Module, graph: CompiledGraph) -> None:
+        super().__init__()
+        self.module = module
+        self.graph = graph
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph(*args, **kwargs)
 
 
 class CompiledGraph(_C.Caller):
@@ -533,6 +600,16 @@ class CompiledGraph(_C.Caller):
                 "raise `limit`, or keep this value out of the program's control flow",
                 stacklevel=3,
             )
+
+    def as_module(self) -> ExtractedModule:
+        """The graph as an `nn.Module` around the one that was captured.
+
+        Raises:
+            TypeError: what was captured is no module.
+        """
+        if not isinstance(self._fn, nn.Module):
+            raise TypeError(f"{self._fn!r} is no nn.Module, and so its graph cannot be one")
+        return ExtractedModule(self._fn, self)
 
     @property
     def specializations(self) -> list[Specialization]:

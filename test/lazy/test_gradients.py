@@ -135,6 +135,32 @@ class Checkpointed(nn.Module):
         )
 
 
+class CheckpointedDropout(nn.Module):
+    """The recomputation draws the masks of the forward again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 8)
+        self.dropout = nn.Dropout(0.5)
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(self.dropout(self.linear(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.utils.checkpoint.checkpoint(self.block, self.dropout(x), use_reentrant=False)
+        second = torch.utils.checkpoint.checkpoint(self.block, x * 2, use_reentrant=False)
+        return first * second + torch.rand(8)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layers = kind(3, 4, num_layers=2, dropout=0.2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers(x)
+
+
 class Views(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return x[0], x.t(), x * 2
@@ -194,6 +220,9 @@ class TrainingTest(unittest.TestCase):
     test_several = maketest(Several, floats((2, 3)))
     test_custom_function = maketest(Custom, floats((2, 3), requires_grad=True))
     test_checkpoint = maketest(Checkpointed, floats((2, 3), requires_grad=True))
+    test_checkpoint_dropout = maketest(CheckpointedDropout, floats((2, 3), requires_grad=True))
+    test_lstm = maketest(lambda: Recurrent(nn.LSTM), floats((5, 2, 3), requires_grad=True))
+    test_gru = maketest(lambda: Recurrent(nn.GRU), floats((5, 2, 3)))
     test_views = maketest(Views, floats((2, 3), requires_grad=True))
     test_in_place = maketest(InPlace, floats((2, 3)))
     test_branch = maketest(Branch, alternating(), steps=6, variants=2)
@@ -228,20 +257,428 @@ class ModeTest(unittest.TestCase):
         oracle(x).sum().backward()
         torch.testing.assert_close(linear.weight.grad, oracle.weight.grad * 2)
 
-    def test_second_derivatives_are_refused(self) -> None:
-        x = torch.randn(3, requires_grad=True)
-        y = extract_compiled_graph(torch.tanh, (x,))(x)
-        with self.assertRaisesRegex(UnsupportedError, "second derivatives"):
-            torch.autograd.grad(y.sum(), x, create_graph=True)
+    def test_results_are_ordinary_tensors_of_autograd(self) -> None:
+        x = torch.randn(2, 3, requires_grad=True)
+        graph = extract_compiled_graph(lambda x: (x.exp(), x * 2), (x,))
+
+        exponential, double = graph(x)
+        double.mul_(3)
+        double.sum().backward()
+        torch.testing.assert_close(x.grad, torch.full((2, 3), 6.0))
+
+        exponential, double = graph(x)
+        exponential.retain_grad()
+        exponential.sum().backward()
+        torch.testing.assert_close(exponential.grad, torch.ones(2, 3))
+        with self.assertRaisesRegex(RuntimeError, "second time"):
+            exponential.sum().backward()
+
+        exponential, double = graph(x)
+        exponential.add_(1)  # the backward of exp needs it
+        with self.assertRaisesRegex(RuntimeError, "modified by an inplace operation"):
+            exponential.sum().backward()
+
+    def test_backward_of_other_strides(self) -> None:
+        x = torch.randn(2, 3, requires_grad=True)
+        graph = extract_compiled_graph(lambda x: (x * x).expand(4, 2, 3), (x,))
+        tangent = torch.randn(3, 4, 2).permute(1, 2, 0)
+        (gradient,) = torch.autograd.grad(graph(x), x, tangent)
+        torch.testing.assert_close(gradient, 2 * x * tangent.sum(0))
 
     def test_random_backward_is_refused(self) -> None:
         def program(x: Tensor) -> Tensor:
             return torch.utils.checkpoint.checkpoint(
-                torch.dropout, x, 0.5, True, use_reentrant=False
+                torch.dropout, x, 0.5, True, use_reentrant=False, preserve_rng_state=False
             )
 
-        with self.assertRaises(UnsupportedError):
+        with self.assertRaisesRegex(UnsupportedError, "draws random numbers"):
             extract_compiled_graph(program, (torch.randn(3, requires_grad=True),))
+
+    def test_another_use_of_an_old_random_state_is_refused(self) -> None:
+        def draws_other_numbers() -> Tensor:
+            state = torch.get_rng_state()
+            a = torch.rand(2)
+            torch.set_rng_state(state)
+            return a + torch.randn(2)
+
+        def ends_before() -> Tensor:
+            with torch.random.fork_rng(devices=[]):
+                return torch.rand(2)
+
+        for program in (draws_other_numbers, ends_before):
+            with self.subTest(program.__name__), self.assertRaisesRegex(UnsupportedError, "random"):
+                extract_compiled_graph(program, ())
+
+
+class WriteTest(unittest.TestCase):
+    """Results that require grad are written to what the program was given."""
+
+    def check(self, program: Callable[..., Any], *shapes: tuple[int, ...]) -> None:
+        """The last argument is written to, and requires no grad at first; `w` does."""
+        w = torch.randn(3, requires_grad=True)
+
+        def run(fn: Callable[..., Any], seed: int) -> list[Tensor]:
+            torch.manual_seed(seed)
+            x = torch.randn(2, 3, requires_grad=True)
+            out = torch.randn(2, 3)
+            result = fn(x * 2, w, out)
+            self.assertTrue(out.requires_grad)
+            self.assertFalse(out.is_leaf)
+            loss = out.pow(2).sum() + (0 if result is None else result.sum())
+            return [out, *torch.autograd.grad(loss, [x, w])]
+
+        graph = extract_compiled_graph(program, (torch.randn(2, 3), w, torch.randn(2, 3)))
+        for seed in range(3):
+            torch.testing.assert_close(run(graph, seed), run(program, seed))
+        self.assertEqual(sum(s.hits for s in graph.specializations), 3)
+
+    def test_copy(self) -> None:
+        def program(x: Tensor, w: Tensor, out: Tensor) -> None:
+            out.copy_(x * w)
+
+        self.check(program)
+
+    def test_in_place(self) -> None:
+        def program(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+            out.mul_(w).add_(x.tanh())
+            return out * x
+
+        self.check(program)
+
+    def test_part(self) -> None:
+        def program(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+            out[0] = x[1] * w
+            return out
+
+        self.check(program)
+
+    def test_argument_with_a_history(self) -> None:
+        def program(x: Tensor) -> Tensor:
+            x.mul_(3)
+            return x.exp()
+
+        graph = extract_compiled_graph(program, (torch.randn(3, requires_grad=True) * 2,))
+        for _ in range(3):
+            leaf = torch.randn(3, requires_grad=True)
+            found = []
+            for fn in (program, graph):
+                x = leaf * 2
+                (gradient,) = torch.autograd.grad(fn(x).sum() + x.sum(), leaf)
+                found.append(gradient)
+            torch.testing.assert_close(found[1], found[0])
+
+    def test_state(self) -> None:
+        """A buffer that keeps its history: gradients reach through several calls."""
+
+        class Cell(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(3, 3)
+                self.register_buffer("state", torch.zeros(3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.state = torch.tanh(self.linear(x) + self.state)
+                return self.state
+
+        module = Cell()
+        oracle = copy.deepcopy(module)
+        inputs = torch.randn(4, 3)
+        graph = extract_compiled_graph(module, (inputs[0],))
+        for fn in (oracle, graph):
+            sum(fn(x).sum() for x in inputs).backward()
+        torch.testing.assert_close(module.linear.weight.grad, oracle.linear.weight.grad)
+
+
+class HookTest(unittest.TestCase):
+    """Hooks fire as in eager, or are refused."""
+
+    def test_hooks_on_arguments_parameters_and_results(self) -> None:
+        linear = nn.Linear(3, 3)
+        graph = extract_compiled_graph(linear, (torch.randn(2, 3, requires_grad=True),))
+        seen: list[list[Tensor]] = []
+        for fn in (linear, graph, graph):
+            torch.manual_seed(0)
+            linear.zero_grad()
+            seen.append([])
+            x = torch.randn(2, 3, requires_grad=True)
+            y = fn(x)
+            hooks = [t.register_hook(seen[-1].append) for t in (x, linear.weight, y)]
+            hooks.append(x.register_hook(lambda g: g * 2))
+            hooks.append(
+                linear.bias.register_post_accumulate_grad_hook(
+                    lambda p, s=seen[-1]: s.append(p.grad.clone())
+                )
+            )
+            y.sum().backward()
+            seen[-1].append(x.grad)
+            for hook in hooks:
+                hook.remove()
+        self.assertEqual(len(seen[0]), 5)
+        for other in seen[1:]:
+            torch.testing.assert_close(sorted(other, key=str), sorted(seen[0], key=str))
+
+    def test_hooks_before_the_capture(self) -> None:
+        w = torch.randn(3, requires_grad=True)
+        calls: list[Tensor] = []
+
+        def hook(gradient: Tensor) -> Tensor:
+            calls.append(gradient)
+            return gradient * 10
+
+        w.register_hook(hook)
+        graph = extract_compiled_graph(lambda x: TimesThree.apply(x, w), (torch.randn(3),))
+        self.assertEqual(calls, [])
+        x = torch.randn(3)
+        graph(x).sum().backward()
+        self.assertEqual(len(calls), 1)
+        torch.testing.assert_close(w.grad, 20 * x)
+
+    def check_module(self, register: Callable[[nn.Module], Any]) -> None:
+        """`register` puts hooks on a module before it is captured."""
+
+        def make() -> nn.Module:
+            module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+            register(module)
+            return module
+
+        maketest(make, floats((2, 3), requires_grad=True))(self)
+
+    def test_forward_hooks(self) -> None:
+        self.check_module(lambda m: m[0].register_forward_hook(lambda _m, _a, y: y * 2))
+        self.check_module(lambda m: m[1].register_forward_pre_hook(lambda _m, a: (a[0] + 1,)))
+
+    def test_full_backward_hooks(self) -> None:
+        self.check_module(
+            lambda m: m[0].register_full_backward_hook(lambda _m, gi, _go: (gi[0] * 3,))
+        )
+        self.check_module(lambda m: m[2].register_full_backward_pre_hook(lambda _m, g: (g[0] * 2,)))
+
+    def test_hook_on_an_intermediate(self) -> None:
+        def double(_module: nn.Module, _args: Any, y: Tensor) -> None:
+            y.register_hook(lambda g: g * 2)
+
+        self.check_module(lambda m: m[0].register_forward_hook(double))
+
+    def test_hook_that_notes_what_it_sees_is_refused(self) -> None:
+        noted: list[Tensor] = []
+
+        def program(x: Tensor) -> Tensor:
+            y = x * 2
+            y.register_hook(noted.append)
+            return y.exp()
+
+        with self.assertRaisesRegex(UnsupportedError, "hook"):
+            extract_compiled_graph(program, (torch.randn(3, requires_grad=True),))
+        self.assertEqual(noted, [])
+
+    def test_hook_registered_after_the_capture(self) -> None:
+        module = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        x = torch.randn(2, 3, requires_grad=True)
+        graph = extract_compiled_graph(module, (x,))
+        (plain,) = torch.autograd.grad(graph(x).sum(), x)
+        handle = module[0].register_full_backward_hook(lambda _m, gi, _go: (gi[0] * 3,))
+        (hooked,) = torch.autograd.grad(graph(x).sum(), x)
+        torch.testing.assert_close(hooked, plain * 3)
+        handle.remove()
+        (again,) = torch.autograd.grad(graph(x).sum(), x)
+        torch.testing.assert_close(again, plain)
+
+
+def second_derivatives(fn: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of a gradient penalty, with respect to `inputs`, and the first gradients."""
+    first = torch.autograd.grad(fn().pow(2).sum(), inputs, create_graph=True, allow_unused=True)
+    penalty = sum(g.pow(2).sum() for g in first if g is not None)
+    return [*first, *torch.autograd.grad(penalty, inputs, allow_unused=True)]
+
+
+class SecondDerivativeTest(unittest.TestCase):
+    def check(self, make: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> None:
+        torch.manual_seed(0)
+        module = make().double()
+        oracle = copy.deepcopy(module)
+        example = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+        graph = extract_compiled_graph(module, example)
+        for _ in range(3):
+            args = [torch.randn_like(a, requires_grad=True) for a in example]
+            state = torch.get_rng_state()
+            expected = second_derivatives(lambda: oracle(*args), [*args, *oracle.parameters()])  # noqa: B023
+            after = torch.get_rng_state()
+            torch.set_rng_state(state)
+            actual = second_derivatives(lambda: graph(*args), [*args, *module.parameters()])  # noqa: B023
+            self.assertTrue(torch.equal(torch.get_rng_state(), after))
+            torch.testing.assert_close(actual, expected)
+            torch.testing.assert_close(dict(module.named_buffers()), dict(oracle.named_buffers()))
+        self.assertEqual(sum(s.hits for s in graph.specializations), 3)
+
+    def test_mlp(self) -> None:
+        self.check(
+            lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Softplus()),
+            (2, 3),
+        )
+
+    def test_conv_net(self) -> None:
+        def make() -> nn.Module:
+            layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.AvgPool2d(2)]
+            return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 2))
+
+        self.check(make, (2, 2, 6, 6))
+
+    def test_attention(self) -> None:
+        class Attention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.attention = nn.MultiheadAttention(4, 2)
+                self.norm = nn.LayerNorm(4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.norm(x + self.attention(x, x, x)[0])
+
+        self.check(Attention, (3, 2, 4))
+
+    def test_dropout(self) -> None:
+        self.check(
+            lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.2)),
+            (2, 3),
+        )
+
+    def test_custom_function(self) -> None:
+        self.check(Custom, (2, 3))
+
+    def test_regions_without_gradient(self) -> None:
+        class Detached(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    scale = x.exp()
+                return x.pow(3) * scale + x.pow(2) * x.detach()
+
+        self.check(Detached, (2, 3))
+
+    def test_gradgradcheck(self) -> None:
+        programs = [
+            lambda x, y: (x.sin() * y).sum(0),
+            lambda x, y: torch.nn.functional.softmax(x @ y.t(), 1),
+            lambda x, y: (x.pow(3), (x * y).cumsum(1)),
+            lambda x, y: torch.nn.functional.layer_norm(x, (3,), y[0], y[1]),
+            lambda x, y: torch.where(x > y, x * y, x.exp()),
+        ]
+        torch.manual_seed(0)
+        x, y = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        for k, program in enumerate(programs):
+            with self.subTest(program=k):
+                graph = extract_compiled_graph(program, (x, y))
+                self.assertTrue(torch.autograd.gradcheck(graph, (x, y)))
+                self.assertTrue(torch.autograd.gradgradcheck(graph, (x, y)))
+
+    def test_third_derivative(self) -> None:
+        x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+        graph = extract_compiled_graph(lambda x: x.pow(4) + x.exp(), (x,))
+        found = graph(x)
+        for _ in range(3):
+            (found,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+        torch.testing.assert_close(found, 24 * x + x.exp())
+
+    def test_data_dependence(self) -> None:
+        def program(x: Tensor) -> Tensor:
+            return x.pow(3) if x.sum() > 0 else x.pow(4)
+
+        x = torch.ones(3, dtype=torch.float64)
+        graph = extract_compiled_graph(program, (x.clone().requires_grad_(),))
+        for value in (2.0, -2.0, 3.0, -3.0):
+            leaf = (x * value).requires_grad_()
+            (first,) = torch.autograd.grad(graph(leaf).sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), leaf)
+            torch.testing.assert_close(second, 6 * leaf if value > 0 else 12 * leaf.pow(2))
+
+    def test_tensor_written_to_in_between_is_refused(self) -> None:
+        w = torch.randn(3, requires_grad=True)
+        graph = extract_compiled_graph(lambda x: (x * w).exp(), (torch.randn(3),))
+        y = graph(torch.randn(3))
+        with torch.no_grad():
+            w.mul_(2)
+        with self.assertRaisesRegex(UnsupportedError, "modified by an in-place operation"):
+            torch.autograd.grad(y.sum(), w, create_graph=True)
+
+    def test_state_that_moves_on_is_refused(self) -> None:
+        class Counts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(3, 3)
+                self.calls = 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.calls += 1
+                return self.linear(x).exp() * self.calls
+
+        class Mutates(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("scale", torch.ones(3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.scale.mul_(2)
+                return x.pow(2) * self.scale
+
+        x = torch.randn(2, 3, requires_grad=True)
+        for make, message in ((Counts, "changes attributes"), (Mutates, "in-place operation")):
+            with self.subTest(make.__name__):
+                graph = extract_compiled_graph(make(), (x,))
+                with self.assertRaisesRegex(UnsupportedError, message):
+                    torch.autograd.grad(graph(x).sum(), x, create_graph=True)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "Adam_foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "Adam_fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+}
+
+
+class OptimizerTest(unittest.TestCase):
+    """An optimizer outside of the graph steps the user's own parameters."""
+
+    def check(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        oracle = copy.deepcopy(module)
+        graph = extract_compiled_graph(module, (torch.randn(3, 4),))
+        pairs = [(oracle, make(list(oracle.parameters())))]
+        pairs.append((graph, make(list(module.parameters()))))
+        for _ in range(6):
+            x, y = torch.randn(3, 4), torch.randn(3, 2)
+
+            def closure(fn: Any, optimizer: Any, x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(fn(x), y)
+                loss.backward()
+                return loss
+
+            losses = [o.step(lambda fn=fn, o=o, c=closure: c(fn, o)).detach() for fn, o in pairs]
+            torch.testing.assert_close(losses[1], losses[0])
+            torch.testing.assert_close(
+                dict(module.named_parameters()), dict(oracle.named_parameters())
+            )
+        self.assertEqual(len(graph.specializations), 1)
+
+    def test_LBFGS(self) -> None:
+        self.check(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4))
+
+
+def make_optimizer_test(make: Any) -> Callable[[OptimizerTest], None]:
+    return lambda self: self.check(make)
+
+
+for _name, _make in OPTIMIZERS.items():
+    setattr(OptimizerTest, f"test_{_name}", make_optimizer_test(_make))
 
 
 if __name__ == "__main__":

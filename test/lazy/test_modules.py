@@ -12,6 +12,9 @@ import torch
 from oracle import Call, check, expected_failures
 from torch import nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
+from torch.utils import _pytree as pytree
+
+from torch_lazy_ext import extract_compiled_graph
 
 # Samples per module and mode: of a few modules there are hundreds.
 SAMPLES = 60 if os.environ.get("PYTORCH_TEST_WITH_SLOW") == "1" else 4
@@ -123,6 +126,79 @@ def maketest(info: ModuleInfo, training: bool) -> Any:
     return test
 
 
+def _floats(value: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(value)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _may_require_grad(case: _Case) -> slice:
+    """Which of the floating point arguments: all, or the first, where others are targets."""
+    call = case.inputs(0)
+    for t in _floats((call.args, call.kwargs)):
+        t.requires_grad_()
+    try:
+        case.make()(*call.args, **call.kwargs)
+    except RuntimeError as e:
+        assert "is not differentiable with respect to" in str(e), e
+        return slice(1)
+    return slice(None)
+
+
+def _train(case: _Case, i: int, module: nn.Module, fn: Any, which: slice) -> dict[str, Any]:
+    """Results, gradients of arguments and parameters, and state after a backward."""
+    torch.manual_seed(i)
+    call = case.inputs(i)
+    args = [t.requires_grad_() for t in _floats((call.args, call.kwargs))[which]]
+    module.zero_grad()
+    results = [t for t in _floats(fn(*call.args, **call.kwargs)) if t.requires_grad]
+    if results:
+        tangents = [torch.randn_like(t) for t in results]
+        torch.autograd.backward(results, tangents)
+    return {
+        "results": [t.detach() for t in results],
+        "arguments": [t.grad for t in args],
+        "parameters": [p.grad for p in module.parameters()],
+        "state": dict(module.named_buffers()),
+    }
+
+
+def make_gradients_test(info: ModuleInfo) -> Any:
+    def test(self: unittest.TestCase) -> None:
+        torch.manual_seed(0)
+        count = len(_samples(info.name, True, 0))
+        ran = 0
+        for k in sorted({i * count // SAMPLES for i in range(SAMPLES)}):
+            case = _Case(info, True, k)
+            if not _runs_eagerly(case):
+                continue
+            torch.manual_seed(0)
+            module = case.make()
+            oracle = copy.deepcopy(module)
+            call = case.inputs(0)
+            which = _may_require_grad(case)
+            for t in _floats((call.args, call.kwargs))[which]:
+                t.requires_grad_()
+            with self.subTest(sample=k, desc=case.sample().desc):
+                graph = extract_compiled_graph(module, call.args, call.kwargs)
+                for i in range(3):
+                    expected, actual = (
+                        _train(case, i, oracle, oracle, which),
+                        _train(case, i, module, graph, which),
+                    )
+                    ran += bool(expected["results"])
+                    for what, want in expected.items():
+                        none = [
+                            [t is None for t in pytree.tree_leaves(x)] for x in (want, actual[what])
+                        ]
+                        self.assertEqual(*none, what)
+                        torch.testing.assert_close(actual[what], want, equal_nan=True)
+                self.assertEqual(sum(s.hits for s in graph.specializations), 3)
+        if not ran:
+            self.skipTest("no sample is differentiable")
+
+    return test
+
+
 class ModulesTest(unittest.TestCase):
     """Made below: one test for each module and mode."""
 
@@ -137,6 +213,18 @@ for _info in module_db:
             raise ValueError(f"two tests are called {_test_name}")
         setattr(ModulesTest, _test_name, _test)
 expected_failures(EXPECTED_FAILURES)(ModulesTest)
+
+
+class ModuleGradientsTest(unittest.TestCase):
+    """Made below: one test for each module, in train mode."""
+
+
+for _info in module_db:
+    if torch.float32 in _info.dtypes:
+        setattr(ModuleGradientsTest, f"test_{_name(_info)}", make_gradients_test(_info))
+expected_failures(
+    {f"test_{_name(i)}": UNINITIALIZED for i in module_db if i.name.startswith("nn.LazyConv")}
+)(ModuleGradientsTest)
 
 
 class CompletenessTest(unittest.TestCase):

@@ -333,6 +333,73 @@ for _case in MODELS.values():
     setattr(TransformersTest, f"test_{_name}", _test(_case))
 
 
+# --- training ----------------------------------------------------------------------------------
+
+
+def gradients(call: Callable[..., Any], inputs: dict, module: nn.Module) -> dict[str, Any]:
+    """The differentiable results of a call, and the gradients it leaves in the parameters."""
+    module.zero_grad()
+    torch.manual_seed(0)
+    leaves = differentiable(call(**inputs))
+    sum(t.float().pow(2).mean() for t in leaves).backward()
+    return {
+        "results": [t.detach() for t in leaves],
+        "gradients": {n: p.grad for n, p in module.named_parameters()},
+        "buffers": dict(module.named_buffers()),
+        "random number generator": torch.get_rng_state(),
+    }
+
+
+def differentiable(value: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output that require grad."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.requires_grad else []
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in differentiable(v)]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in differentiable(v)]
+    if type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__"):
+        return [t for v in vars(value).values() for t in differentiable(v)]
+    return []
+
+
+class TransformersGradientsTest(TransformersTestCase):
+    """One test for each model: trained in train mode, all gradients of its parameters."""
+
+
+def _gradients_test(case: ModelCase) -> Callable[[unittest.TestCase], None]:
+    def test(self: unittest.TestCase) -> None:
+        module = case.make().train()
+        oracle = copy.deepcopy(module)
+        with torch.enable_grad():
+            torch.manual_seed(0)
+            graph = extract_compiled_graph(module, (), case.inputs(0))
+            for seed in range(3):
+                expected = gradients(oracle, case.inputs(seed), oracle)
+                actual = gradients(graph, case.inputs(seed), module)
+                self.assertTrue(any(g is not None for g in expected["gradients"].values()))
+                for name, want in expected["gradients"].items():
+                    got = actual["gradients"][name]
+                    self.assertEqual(want is None, got is None, f"gradient of {name}")
+                try:
+                    torch.testing.assert_close(actual, expected, equal_nan=True)
+                except AssertionError as e:
+                    raise Difference(f"inputs {seed}: {e}") from None
+                hits = sum(s.hits for s in graph.specializations)
+                self.assertEqual(hits, seed + 1, "the call was not answered by a graph")
+
+    return test if case.core else unittest.skipUnless(SLOW, "PYTORCH_TEST_WITH_SLOW=1")(test)
+
+
+for _case in MODELS.values():
+    if _case.name not in REFUSED:
+        _name = "".join(c if c.isalnum() else "_" for c in _case.name.lower())
+        setattr(TransformersGradientsTest, f"test_{_name}", _gradients_test(_case))
+
+
+# --- the tests' own tests ----------------------------------------------------------------------
+
+
 class ComparisonTest(unittest.TestCase):
     """What the comparison must not let pass."""
 

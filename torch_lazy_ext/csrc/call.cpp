@@ -413,8 +413,9 @@ PyObject* Variant::run(PyObject* self, Call& call) {
   }
   ++hits;
   if (!native_finish_) {
+    const py::list containers = call.containers(); // makes kwargs where there are none
     py::object result = py::handle(self).attr("_finish")(
-        call.containers(), list_of(call.tensors), list_of(values));
+        containers, list_of(call.tensors), list_of(values), list_of(states), call.args, call.kwargs);
     return result.release().ptr();
   }
   if (!writes_.empty()) {

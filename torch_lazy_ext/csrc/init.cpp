@@ -158,14 +158,37 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "run_checked",
           [](Recorder& r,
              const std::vector<ValueRef>& roots,
-             const std::vector<int64_t>& parameters,
-             const std::vector<at::Tensor>& tensors) {
+             int64_t begin,
+             const std::vector<ValueRef>& given,
+             const std::vector<at::Tensor>& values) {
             py::gil_scoped_release no_gil;
-            return r.run_checked(roots, parameters, tensors);
+            return r.run_checked(roots, begin, given, values);
+          })
+      .def(
+          "input_values",
+          [](const Recorder& r, const std::vector<int64_t>& inputs) {
+            std::vector<ValueRef> out;
+            for (int64_t i : inputs) {
+              out.push_back({r.inputs[i].node, 0});
+            }
+            return out;
           })
       .def("is_liftable", &Recorder::is_liftable)
       .def("rebind", &Recorder::rebind)
       .def("twin_of", &Recorder::twin_of)
+      .def(
+          "sources",
+          [](const Recorder& r) {
+            std::vector<std::optional<at::Tensor>> out;
+            for (const LiftedInput& i : r.inputs) {
+              out.push_back(
+                  i.source.defined() && !i.constant ? std::optional(i.source) : std::nullopt);
+            }
+            return out;
+          },
+          "For each lifted tensor, the leaf of the capture that its gradient belongs to.")
+      .def("random_position", &Recorder::random_position)
+      .def("seek", &Recorder::seek)
       .def("generators", &Recorder::generators)
       .def(
           "draws_only_from",
@@ -250,6 +273,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
             return out;
           })
+      .def(
+          "depends_on_tangent",
+          [](Recorder& r, const ValueRef& v) { return r.node(v.node).depends_on_tangent; })
       .def(
           "depends_on_input",
           [](Recorder& r, const ValueRef& v) { return r.node(v.node).depends_on_input; })

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <set>
 #include <unordered_set>
 
 namespace tle {
@@ -52,7 +53,8 @@ torch::jit::Operation boxed_operation(const torch::jit::Node* node) {
   const std::string overload = dot == std::string::npos ? "" : name.substr(dot + 1);
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
       name.substr(0, dot).c_str(), overload.c_str());
-  return [op](torch::jit::Stack& stack) { op.callBoxed(&stack); };
+  const bool grad_mode = node->hasAttribute(c10::Symbol::attr("grad_mode"));
+  return [op, grad_mode](torch::jit::Stack& stack) { call_operator(op, grad_mode, stack); };
 }
 
 // The kind of a node that calls `op` whatever TorchScript thinks of its arguments' types.
@@ -178,13 +180,16 @@ class Lowering {
       const torch::jit::Operator* found = n->maybeOperator();
       return found != nullptr && found->schema().operator_name() == schema.operator_name();
     };
-    if (resolved()) {
+    if (!call_.grad_mode && resolved()) {
       return n;
     }
     torch::jit::Node* boxed =
         graph_->create(boxed_operator(call_.op), inputs, schema.returns().size());
     boxed->insertBefore(n);
     n->destroy();
+    if (call_.grad_mode) {
+      boxed->i_(c10::Symbol::attr("grad_mode"), 1);
+    }
     boxed->setSourceRange(node_.source_range);
     boxed->getOperator(); // raises when TorchScript does not find it
     return boxed;
@@ -219,8 +224,12 @@ Lowered lower(
     int64_t end,
     const std::vector<ValueRef>& boundary) {
   const int64_t count = static_cast<int64_t>(recorder.nodes.size());
+  std::set<std::pair<int64_t, int64_t>> boundary_set;
+  for (const ValueRef& v : boundary) {
+    boundary_set.emplace(v.node, v.index);
+  }
   auto at_boundary = [&](const ValueRef& v) {
-    return std::find(boundary.begin(), boundary.end(), v) != boundary.end();
+    return boundary_set.count({v.node, v.index}) != 0;
   };
   auto lowered_here = [&](int64_t i) { return i >= begin && i < end; };
   std::vector<char> live(count, 0);

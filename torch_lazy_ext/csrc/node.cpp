@@ -62,7 +62,8 @@ GenericNode::GenericNode(
       call(std::move(call_)),
       metas(std::move(metas_)),
       list_lengths(std::move(list_lengths_)),
-      depends_on_input(call->depends_on_input) {}
+      depends_on_input(call->depends_on_input),
+      depends_on_tangent(call->depends_on_tangent) {}
 
 torch::lazy::hash_t hash_constant(const c10::IValue& v) {
   using torch::lazy::DataHash;

@@ -36,6 +36,9 @@ struct OperatorCall {
   bool random = false;
   int64_t serial = 0; // tells random calls apart
   bool depends_on_input = false;
+  bool depends_on_tangent = false;
+  // The kernel asks for the grad mode, and it was on.
+  bool grad_mode = false;
   // Writes to its arguments and has no functional variant: runs on copies of them,
   // and their new values are further outputs.
   std::vector<size_t> mutated;
@@ -114,6 +117,7 @@ class GenericNode : public torch::lazy::TsNode {
   torch::jit::SourceRange source_range; // call->source for the lowered node
   int64_t id = -1; // position in program order
   bool depends_on_input = false;
+  bool depends_on_tangent = false; // `values`, if any, are those of a stand-in
   bool sizes_from_data = false;
   std::vector<at::Tensor> values; // real outputs, once computed during capture
 };

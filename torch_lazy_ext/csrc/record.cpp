@@ -5,8 +5,12 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
+#include <ATen/TensorUtils.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/lazy/core/config.h>
 
 #include <cstring>
@@ -239,6 +243,16 @@ torch::jit::SourceRange Recorder::source_range(const SourceLocation& source) {
   return it->second;
 }
 
+void call_operator(const c10::OperatorHandle& op, bool grad_mode, Stack& stack) {
+  if (!grad_mode) {
+    op.callBoxed(&stack);
+    return;
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::AutoGradMode on(true);
+  op.callBoxed(&stack);
+}
+
 // -------------------------------------------------------------------- lifting
 
 bool Recorder::is_liftable(const at::Tensor& t) const {
@@ -277,40 +291,67 @@ at::Tensor Recorder::lift(const at::Tensor& tensor, bool constant) {
   return lift_alone(tensor, constant);
 }
 
+namespace {
+
+// Stands for the history that a lifted tensor has outside of the program.
+struct Given : public torch::autograd::Node {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& tangents) override {
+    return std::move(tangents);
+  }
+};
+
+} // namespace
+
 at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
   auto n = std::make_shared<GenericNode>(
       static_cast<int64_t>(inputs.size()), TensorMeta::of(tensor));
   n->id = static_cast<int64_t>(nodes.size());
   n->depends_on_input = !constant;
   at::Tensor twin;
+  at::Tensor source;
   {
     c10::impl::ExcludeDispatchKeyGuard guard(capture_keys);
     n->values.push_back(tensor.detach());
     nodes.push_back(n);
     twin = make_tensor({n->id, 0}, /*wrap_functional=*/true);
     twin.storage().unsafeGetStorageImpl()->set_throw_on_mutable_data_ptr();
-    if (tensor.requires_grad()) {
-      twin.requires_grad_(true);
+    if (tensor.requires_grad() && tensor.is_leaf()) {
+      source = twin.requires_grad_(true);
+    } else if (tensor.requires_grad()) {
+      source = make_tensor({n->id, 0}, /*wrap_functional=*/true).requires_grad_(true);
+      auto history = c10::make_intrusive<Given>();
+      history->add_next_edge(torch::autograd::impl::gradient_edge(source));
+      torch::autograd::set_history(twin, history);
     }
   }
   input_by_impl[tensor.unsafeGetTensorImpl()] = inputs.size();
   input_by_twin[twin.unsafeGetTensorImpl()] = inputs.size();
-  inputs.push_back({tensor, twin, n->id, constant});
+  inputs.push_back({tensor, twin, n->id, source, constant});
   return twin;
 }
 
 at::Tensor Recorder::add_tangent(const at::Tensor& output) {
   TensorMeta meta = TensorMeta::of(output);
   meta.storage_offset = 0;
+  meta.conj = meta.neg = false;
+  if (!output.is_non_overlapping_and_dense()) {
+    meta.strides = at::detail::defaultStrides(meta.sizes);
+  }
   auto n = std::make_shared<GenericNode>(static_cast<int64_t>(inputs.size()), meta);
   n->id = static_cast<int64_t>(nodes.size());
+  n->depends_on_tangent = true;
   nodes.push_back(n);
   at::Tensor twin;
   {
     c10::impl::ExcludeDispatchKeyGuard guard(capture_keys);
+    {
+      StandaloneGuard alone;
+      const auto options = at::TensorOptions(meta.dtype).device(meta.device);
+      n->values.push_back(at::empty_strided(meta.sizes, meta.strides, options).fill_(1));
+    }
     twin = make_tensor({n->id, 0}, /*wrap_functional=*/true);
   }
-  inputs.push_back({at::Tensor(), twin, n->id, /*constant=*/true});
+  inputs.push_back({at::Tensor(), twin, n->id, at::Tensor(), /*constant=*/true});
   return twin;
 }
 
@@ -347,7 +388,7 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
   }
   input_by_impl[tensor.unsafeGetTensorImpl()] = inputs.size();
   input_by_twin[twin.unsafeGetTensorImpl()] = inputs.size();
-  inputs.push_back({tensor, twin, -1, false, base});
+  inputs.push_back({tensor, twin, -1, tensor.requires_grad() ? twin : at::Tensor(), false, base});
   return twin;
 }
 
@@ -385,7 +426,7 @@ Stack Recorder::run(const OperatorCall& call) {
     }
     written.push_back(argument);
   }
-  call.op.callBoxed(&stack);
+  call_operator(call.op, call.grad_mode, stack);
   stack.insert(stack.end(), written.begin(), written.end());
   return stack;
 }
@@ -408,12 +449,7 @@ std::vector<char> Recorder::needed_for(int64_t target) {
     if (needed[i] == 0) {
       continue;
     }
-    if (!n.call) {
-      throw Unsupported(c10::str(
-          "a backward reads the values of its gradients (at ",
-          describe(current_source()),
-          "), which are not there while it is captured: compute with tensors"));
-    }
+    TORCH_INTERNAL_ASSERT(n.call);
     random_after = random_after || n.random();
     n.call->for_each_value([&](const ValueRef& v) { needed[v.node] = 1; });
   }
@@ -464,7 +500,20 @@ at::Tensor Recorder::materialize(ValueRef value) {
   return target.values[value.index];
 }
 
+bool Recorder::depends_on_tangent(const OperatorCall& call) {
+  bool depends = false;
+  call.for_each_value(
+      [&](const ValueRef& v) { depends = depends || node(v.node).depends_on_tangent; });
+  return depends;
+}
+
 void Recorder::add_value_guard(ValueRef value, const at::Tensor& expected) {
+  if (node(value.node).depends_on_tangent) {
+    throw Unsupported(c10::str(
+        "a backward reads the values of its gradients (at ",
+        describe(current_source()),
+        "), which are not there while it is captured: compute with tensors"));
+  }
   if (!node(value.node).depends_on_input) {
     return;
   }
@@ -482,6 +531,7 @@ void Recorder::release() {
   for (LiftedInput& input : inputs) {
     input.tensor.reset();
     input.twin.reset();
+    input.source.reset();
   }
   for (auto& n : nodes) {
     n->values.clear();
@@ -572,6 +622,12 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
   call.arguments.resize(count);
   call.random = op.hasTag(at::Tag::nondeterministic_seeded);
   call.serial = static_cast<int64_t>(nodes.size());
+  // Its workspace is there for a backward.
+  call.grad_mode =
+      op.schema().name() == "aten::mkldnn_rnn_layer" && c10::GradMode::is_enabled();
+  if (call.grad_mode) {
+    call.constants_hash = torch::lazy::HashCombine(call.constants_hash, torch::lazy::hash_t(1));
+  }
   call.depends_on_input = call.random;
   const bool reads_values = !reads_shape_only(op.schema().name());
   auto add = [&](Argument& a, const at::Tensor& t) {
@@ -583,6 +639,8 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
     call.operands.emplace_back(nodes[v.node], v.index);
     call.depends_on_input =
         call.depends_on_input || (reads_values && node(v.node).depends_on_input);
+    call.depends_on_tangent =
+        call.depends_on_tangent || (reads_values && node(v.node).depends_on_tangent);
     a.values.push_back(v);
   };
   for (size_t i = 0; i < count; ++i) {
@@ -802,6 +860,40 @@ Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
   return outputs_of(call, std::move(results), device, describe(call.source));
 }
 
+// ---------------------------------------------------------- numbers drawn again
+
+int64_t Recorder::random_position() const {
+  return position_ < 0 ? static_cast<int64_t>(drawn_.size()) : position_;
+}
+
+void Recorder::seek(int64_t position) {
+  position_ = position == static_cast<int64_t>(drawn_.size()) ? -1 : position;
+}
+
+GenericNode* Recorder::drawn_again(const OperatorCall& call) {
+  if (position_ < 0 || !call.random ||
+      generator_of(call) != at::detail::getDefaultCPUGenerator()) {
+    return nullptr;
+  }
+  GenericNode& before = node(drawn_[position_]);
+  bool same = before.call->op == call.op && before.call->constants_hash == call.constants_hash &&
+      before.call->operands.size() == call.operands.size() && call.mutated.empty();
+  for (size_t i = 0; same && i < call.operands.size(); ++i) {
+    // Equal hashes are equal computations on the same inputs.
+    same = before.call->operands[i].hash() == call.operands[i].hash();
+  }
+  if (!same) {
+    throw Unsupported(c10::str(
+        "the program puts the random number generator back to an earlier state, and then ",
+        call.op.operator_name(),
+        " draws other numbers from it than were drawn before (at ",
+        describe(call.source),
+        "): draw the same ones again, or pass a torch.Generator for each"));
+  }
+  seek(position_ + 1);
+  return &before;
+}
+
 // ----------------------------------------------------------------- verification
 
 void Recorder::learn(const OperatorCall& call, c10::Device device, const Outputs& real) {
@@ -849,14 +941,15 @@ Agreement compare(const std::vector<TensorMeta>& real, const std::vector<TensorM
 
 Checked Recorder::run_checked(
     const std::vector<ValueRef>& roots,
-    const std::vector<int64_t>& parameters,
-    const std::vector<at::Tensor>& tensors) {
+    int64_t begin,
+    const std::vector<ValueRef>& given,
+    const std::vector<at::Tensor>& values) {
   const int64_t count = static_cast<int64_t>(nodes.size());
   std::vector<int64_t> last_use(count, -1);
   for (const ValueRef& r : roots) {
     last_use[r.node] = count;
   }
-  for (int64_t i = count - 1; i >= 0; --i) {
+  for (int64_t i = count - 1; i >= begin; --i) {
     if (node(i).random()) {
       last_use[i] = std::max(last_use[i], i);
     }
@@ -874,12 +967,14 @@ Checked Recorder::run_checked(
   }
   // As a replay runs, so that views of the inputs share their version counters.
   c10::AutoGradMode no_grad(false);
-  for (size_t k = 0; k < parameters.size(); ++k) {
-    node(inputs[parameters[k]].node).values = {tensors[k]};
+  for (size_t k = 0; k < given.size(); ++k) {
+    GenericNode& n = node(given[k].node);
+    n.values.resize(n.metas.size());
+    n.values[given[k].index] = values[k];
   }
   Checked result;
   result.complete = true;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = begin; i < count; ++i) {
     GenericNode& n = node(i);
     if (last_use[i] < 0) {
       continue;
@@ -943,6 +1038,10 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   }
   OperatorCall call = parse(op, *stack, stack->size() - count);
   note_forced_fallback(call);
+  if (GenericNode* before = drawn_again(call)) {
+    push_outputs(stack, count, *before, {}, {}, call.source);
+    return;
+  }
   const c10::Device device = device_of(call);
   std::optional<Outputs> inferred = infer(call, device);
   const bool observed = !inferred.has_value();
@@ -984,6 +1083,9 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   n->values = std::move(out.values);
   n->sizes_from_data = guarded;
   nodes.push_back(n);
+  if (n->random() && generator_of(*n->call) == at::detail::getDefaultCPUGenerator()) {
+    drawn_.push_back(n->id);
+  }
   if (guarded) {
     for (size_t i = 0; i < n->metas.size(); ++i) {
       if (n->metas[i].defined) {
@@ -996,7 +1098,17 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
       }
     }
   }
+  push_outputs(stack, count, *n, mutated, std::move(out.plain), source);
+}
 
+// Puts the outputs of a node in the place of its arguments.
+void Recorder::push_outputs(
+    Stack* stack,
+    size_t count,
+    GenericNode& n,
+    const std::vector<size_t>& mutated,
+    std::vector<IValue> plain_values,
+    const SourceLocation& source) {
   // In the middle of functionalization the caller wraps the results itself.
   const bool wrap =
       !c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::Functionalize) ||
@@ -1005,22 +1117,22 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   torch::jit::drop(*stack, count);
   int64_t index = 0;
   auto take = [&](bool wrapped) {
-    const ValueRef v{n->id, index++};
+    const ValueRef v{n.id, index++};
     return meta_of(v).defined ? make_tensor(v, wrapped) : at::Tensor();
   };
-  const size_t returns = n->list_lengths.size() - mutated.size();
+  const size_t returns = n.list_lengths.size() - mutated.size();
   size_t plain = 0;
   for (size_t r = 0; r < returns; ++r) {
-    if (n->list_lengths[r] == -2) {
-      stack->push_back(out.plain[plain++]);
+    if (n.list_lengths[r] == -2) {
+      stack->push_back(plain_values[plain++]);
       continue;
     }
-    if (n->list_lengths[r] < 0) {
+    if (n.list_lengths[r] < 0) {
       stack->emplace_back(take(wrap));
       continue;
     }
     c10::List<at::Tensor> list;
-    for (int64_t i = 0; i < n->list_lengths[r]; ++i) {
+    for (int64_t i = 0; i < n.list_lengths[r]; ++i) {
       list.push_back(take(wrap));
     }
     stack->emplace_back(std::move(list));
@@ -1029,7 +1141,7 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
     at::Tensor value = take(/*wrapped=*/false);
     if (!fi::isFunctionalTensor(argument)) {
       throw Unsupported(c10::str(
-          op.schema().operator_name(),
+          n.call->op.schema().operator_name(),
           " writes to its argument where functionalization cannot follow it (at ",
           describe(source),
           "): call it outside of transforms, on plain tensors"));

@@ -37,6 +37,7 @@ struct LiftedInput {
   at::Tensor tensor; // the user's tensor
   at::Tensor twin; // what stands for it: a functional tensor over a capture tensor
   int64_t node;
+  at::Tensor source; // the leaf that a gradient belongs to: the twin, unless it has a history
   bool constant; // made by the program itself: no one else can change it
   int64_t base = -1; // the input that holds all of its storage, when it was lifted as a view
 };
@@ -89,7 +90,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   void release();
   // Tensors the program was given by operators and still holds.
   std::vector<at::Tensor> alive();
-  // An input of the backward: no tensor of the user's, and no value during the capture.
+  // An input of the backward: no tensor of the user's. While it is recorded, ones stand in
+  // for its values where an operator has to run to tell its shapes.
   at::Tensor add_tangent(const at::Tensor& output);
   at::Tensor twin_of(const at::Tensor& tensor); // lifts when necessary
   bool is_liftable(const at::Tensor& tensor) const;
@@ -98,14 +100,21 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
 
   void record(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 
+  // How often the program has drawn from the default generator, up to the state it is in.
+  int64_t random_position() const;
+  // Back to such a state: what is drawn from now on are the numbers that were drawn then.
+  void seek(int64_t position);
+
   // The value a capture tensor has in this run, computed beside the graph.
   at::Tensor materialize(ValueRef value);
-  // Runs the nodes on `tensors`, the values of the lifted inputs `parameters`, and
+  // Runs the nodes from `begin` on, given the values of what they read of earlier ones, and
   // compares what each operator gives with what shape inference said.
   Checked run_checked(
       const std::vector<ValueRef>& roots,
-      const std::vector<int64_t>& parameters,
-      const std::vector<at::Tensor>& tensors);
+      int64_t begin,
+      const std::vector<ValueRef>& given,
+      const std::vector<at::Tensor>& values);
+  bool depends_on_tangent(const OperatorCall& call);
   void add_value_guard(ValueRef value, const at::Tensor& expected);
 
   GenericNode& node(int64_t id) {
@@ -135,6 +144,14 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
 
  private:
   OperatorCall parse(const c10::OperatorHandle& op, const torch::jit::Stack& stack, size_t begin);
+  GenericNode* drawn_again(const OperatorCall& call);
+  void push_outputs(
+      torch::jit::Stack* stack,
+      size_t count,
+      GenericNode& n,
+      const std::vector<size_t>& mutated,
+      std::vector<c10::IValue> plain,
+      const SourceLocation& source);
   ValueRef value_of(const at::Tensor& tensor, const c10::OperatorHandle& op);
   c10::Device device_of(const OperatorCall& call);
   std::optional<Outputs> infer(const OperatorCall& call, c10::Device device);
@@ -153,6 +170,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::string own_prefix_;
   // The program's view of each generator it drew from so far.
   std::unordered_map<c10::GeneratorImpl*, at::Tensor> rng_states_;
+  std::vector<int64_t> drawn_; // nodes that draw from the default generator
+  int64_t position_ = -1; // the next of them to be drawn again, or -1
   std::string inference_error_; // what the last meta kernel said, or nothing
   bool previous_reapply_ = false;
   bool entered_ = false;
@@ -174,6 +193,9 @@ class StandaloneGuard {
   at::impl::TorchFunctionDisabledState torch_function_;
   Recorder* recorder_;
 };
+
+// Calls a kernel as autograd does when `grad_mode` is on.
+void call_operator(const c10::OperatorHandle& op, bool grad_mode, torch::jit::Stack& stack);
 
 // Leaves C++ as torch_lazy_ext.UnsupportedError.
 struct Unsupported : public torch::PyTorchError {
