@@ -189,14 +189,18 @@ def main(argv: list[str]) -> int:
         print("\n".join([*map(progress.describe, works), results.counts([])]))
         return 0
 
+    k, n = args.shard
+
+    def save(files: list[results.FileResult]) -> None:
+        # At once: a run that is stopped half-way has its reports.
+        if args.save_xml is not None:
+            results.save_xml(args.save_xml, files, f"-shard{k}of{n}" if n > 1 else "")
+
     with progress.choose()(works) as shown:
         files, left = schedule.run_all(
-            works, options, args.jobs, shown, args.continue_through_error, args.verbose
+            works, options, args.jobs, shown, args.continue_through_error, args.verbose, save
         )
-    k, n = args.shard
     remember_failed(files, whole=n == 1 and not left and not args.chosen)
-    if args.save_xml is not None:
-        results.save_xml(args.save_xml, files, f"-shard{k}of{n}" if n > 1 else "")
     if left:
         print(
             f"stopped after a failure, {len(left)} files not run (--continue-through-error "

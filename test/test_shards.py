@@ -112,8 +112,9 @@ class TimesTest(unittest.TestCase):
             reports, path = Path(folder, "xml"), Path(folder, "times.json")
             # Two shards of one run.
             results.save_xml(reports / "1", [FileResult("deep/test_a", long[:1], 8.0)], "-1")
-            results.save_xml(reports / "2", [FileResult("deep/test_a", [long[1], new], 9.0)], "-2")
-            results.save_xml(reports / "2", [FileResult("test_b", short, 2.5)], "-2")
+            second = [FileResult("deep/test_a", [long[1], new], 9.0)]
+            results.save_xml(reports / "2", second, "-2")
+            results.save_xml(reports / "2", [*second, FileResult("test_b", short, 2.5)], "-2")
             path.write_text(json.dumps({"slow": {}, "default": {"gone": {}, "other": {}}}))
             read = test_times.read_reports(reports)
             test_times.record(read, False, {"deep/test_a", "test_b", "other"}, path)

@@ -131,9 +131,8 @@ def junit_xml(file: FileResult) -> bytes:
 
 
 def save_xml(folder: Path, files: list[FileResult], suffix: str) -> None:
-    """Write one JUnit XML file for each entry of `files`; `suffix` tells shards apart."""
+    """Write the last of `files` as JUnit XML; `suffix` tells shards apart."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, file in enumerate(files):
-        part = sum(other.file == file.file for other in files[:i])
-        name = file.file.replace("/", ".") + (f"-part{part}" if part else "")
-        (folder / f"{name}{suffix}.xml").write_bytes(junit_xml(file))
+    part = sum(other.file == files[-1].file for other in files[:-1])
+    name = files[-1].file.replace("/", ".") + (f"-part{part}" if part else "")
+    (folder / f"{name}{suffix}.xml").write_bytes(junit_xml(files[-1]))

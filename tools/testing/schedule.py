@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tools.testing import run_process
 from tools.testing.progress import Progress
@@ -22,11 +22,13 @@ def run_all(
     progress: Progress,
     keep_going: bool,
     verbose: bool,
+    on_file: Callable[[list[FileResult]], None],
 ) -> tuple[list[FileResult], list[Work]]:
     """Run `works` in their order, `jobs` at a time.
 
     Returns the results, and the works that did not begin, because a test had failed and not
-    `keep_going`. Prints what failed as soon as it is known, and with `verbose` all there is.
+    `keep_going`. Prints what failed as soon as it is known, and with `verbose` all there is. Calls
+    `on_file` with the results so far, whenever there is one more.
     """
     left = collections.deque(works)
     files: list[FileResult] = []
@@ -44,6 +46,7 @@ def run_all(
             file, printed = run_process.run(work, options, functools.partial(progress.event, work))
             with lock:
                 files.append(file)
+                on_file(files)
             failures = [r for r in file.tests if r.outcome == "failed"]
             if failures:
                 failed.set()
