@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -212,4 +213,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C: what ends the runner ends the processes of the tests.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     sys.exit(main(sys.argv[1:]))

@@ -474,7 +474,13 @@ class RunTestTest(unittest.TestCase):
         self.assertEqual(len(lines), 5)
 
     def test_interrupt(self):
-        """Ctrl-C ends the tests' processes with the runner."""
+        """Ctrl-C and a request to end: the tests' processes end with the runner."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number):
+                self.check_ends(number)
+
+    def check_ends(self, number):
+        (self.test_dir / "pid").unlink(missing_ok=True)
         self.write(
             test_a="""
             import os, time, unittest
@@ -490,13 +496,15 @@ class RunTestTest(unittest.TestCase):
             [sys.executable, str(self.test_dir / "run_test.py")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # Where this runs in the background, SIGINT may be ignored, and so by its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         path = self.test_dir / "pid"
         deadline = time.monotonic() + 20
         while not (path.exists() and path.read_text()):
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         self.assertNotEqual(process.wait(20), 0)
         self.assertFalse(self.runs(int(path.read_text())))
 
