@@ -2,8 +2,11 @@
 
 """run_test.py on small trees of test files, written for each test."""
 
+import contextlib
+import importlib.util
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -472,6 +475,47 @@ class RunTestTest(unittest.TestCase):
         self.assertEqual(lines[2], "slowest tests:")
         self.assertRegex(lines[3], r"^ +1\.\d s  test_b: test_b.B.test_slow$")
         self.assertEqual(len(lines), 5)
+
+    @unittest.skipIf(importlib.util.find_spec("rich") is None, "needs rich")
+    def test_live_progress_on_a_terminal(self):
+        self.write(test_a=PASSING)
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, str(self.test_dir / "run_test.py")],
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        printed = b""
+        with contextlib.suppress(OSError):  # That is how a terminal says that nobody writes.
+            while True:
+                printed += os.read(ours, 4096)
+        os.close(ours)
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed.decode())
+        self.assertEqual(process.wait(), 0, text)
+        self.assertIn("running test_a", text)
+        self.assertEqual(text.splitlines()[-1], "2 passed, 0 failed, 0 skipped")
+
+    @unittest.skipIf(importlib.util.find_spec("argcomplete") is None, "needs argcomplete")
+    def test_completion(self):
+        self.write(test_a=PASSING, deep__test_b=PASSING)
+        line = "run_test.py -i de"
+        completions = self.root / "completions"
+        subprocess.run(
+            [sys.executable, str(self.test_dir / "run_test.py")],
+            env={
+                **os.environ,
+                "_ARGCOMPLETE": "1",
+                "_ARGCOMPLETE_IFS": "\n",
+                "_ARGCOMPLETE_STDOUT_FILENAME": str(completions),
+                "COMP_LINE": line,
+                "COMP_POINT": str(len(line)),
+                "COMP_TYPE": "9",
+            },
+            check=True,
+        )
+        self.assertEqual(sorted(completions.read_text().split()), ["deep", "deep/test_b"])
 
     def test_interrupt(self):
         """Ctrl-C and a request to end: the tests' processes end with the runner."""

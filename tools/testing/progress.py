@@ -128,7 +128,7 @@ class LiveProgress(Progress):
         self._status.stop()
 
     def _write(self, text: str) -> None:
-        self._status.console.print(text, markup=False, highlight=False)
+        self._status.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _changed(self) -> None:
         from rich.text import Text
