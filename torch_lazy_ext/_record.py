@@ -9,6 +9,7 @@ is noted and taken back.
 from __future__ import annotations
 
 import functools
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -542,9 +543,11 @@ def record(
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
+    foreign = _foreign_random_states()
     try:
         with capture:
             recording.result = fn(*own_args, **own_kwargs)
+        _check_foreign_random(foreign)
     except BaseException:
         recorder.release()
         raise
@@ -597,6 +600,38 @@ def record(
             "config asks for it: see torch_lazy_ext.config.set_force_fallback"
         )
     return recording
+
+
+def _foreign_random_states() -> list[tuple[str, Callable[..., None], Any, Any]]:
+    """Of the generators that are not torch's: name, setter, state, and the state to compare."""
+    state = random.getstate()
+    states: list[tuple[str, Callable[..., None], Any, Any]]
+    states = [("Python's random", random.setstate, state, state)]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        whole = (kind, keys, *rest)
+        states.append(("numpy.random", numpy.random.set_state, whole, (keys.tobytes(), *rest)))
+    return states
+
+
+def _check_foreign_random(before: list[tuple[str, Callable[..., None], Any, Any]]) -> None:
+    """Take back what the program drew from generators that a replay does not know.
+
+    Raises:
+        UnsupportedError: if it drew anything.
+    """
+    now = {name: key for name, _set, _state, key in _foreign_random_states()}
+    drawn = []
+    for name, set_state, state, key in before:
+        if now[name] != key:
+            set_state(state)
+            drawn.append(name)
+    if drawn:
+        raise UnsupportedError(
+            f"the program draws numbers from {drawn[0]}, which a replay would not draw again: draw "
+            "them with torch, or before the call, and pass them"
+        )
 
 
 def _release_kept(recording: Recording) -> None:

@@ -2,19 +2,30 @@
 
 """Random numbers: after torch.manual_seed a replay draws what eager draws, and no more."""
 
+import random
 import unittest
 import warnings
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
-from oracle import Call, check, expected_failures, makefunctiontest, maketest, tensors
+from oracle import (
+    Call,
+    check,
+    check_refused,
+    expected_failures,
+    makefunctiontest,
+    maketest,
+    tensors,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_methods_invocations import op_db
 
-from torch_lazy_ext import extract_compiled_graph
+from torch_lazy_ext import UnsupportedError, extract_compiled_graph
 
 X = tensors((4, 3))
 
@@ -489,6 +500,21 @@ class DistributionTest(unittest.TestCase):
         lambda x: torch.distributions.Bernoulli(logits=x, validate_args=False)
     )
     test_validated_normal = _distribution(lambda x: torch.distributions.Normal(x, x.abs() + 1))
+
+
+class ForeignGeneratorTest(unittest.TestCase):
+    """Numbers from generators that are not torch's would be the same on each replay: refused."""
+
+    def check(self, draw: Callable[[], float]) -> None:
+        check_refused(
+            lambda: lambda x: x * draw(), tensors((2, 3)), UnsupportedError, "draws numbers from"
+        )
+
+    def test_python(self):
+        self.check(random.random)
+
+    def test_numpy(self):
+        self.check(np.random.rand)
 
 
 # What is not as eager yet, with the reason; a test of these that passes fails the run.
