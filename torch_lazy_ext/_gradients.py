@@ -262,8 +262,6 @@ class _Call:
                     generator.set_state(state)
                 derivative = origin.derivatives.get(order, origin)
                 origin.check(derivative)
-                for generator, state in origin.states:
-                    generator.set_state(state)
                 inputs = dict(self.inputs)
                 inputs.update(derivative.lowered.constants)
                 inputs.update(zip(derivative.lowered.tangents, tangents, strict=True))
