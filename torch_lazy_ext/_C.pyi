@@ -203,7 +203,7 @@ class Variant:
     def misses(self, arg0: int) -> None: ...
 
 class Caller:
-    def __call__(self, *args: typing.Any, **kwargs: typing.Any):
+    def __call__(self, *args: typing.Any, **kwargs: typing.Any) -> typing.Any:
         """
         Call self as a function.
         """

@@ -30,6 +30,7 @@ REPLACED = (
     (r"\bdict\[typing\.Any, \.\.\.\]", "dict[typing.Any, typing.Any]"),
     (r"collections\.abc\.Callable(?!\[)", "collections.abc.Callable[..., typing.Any]"),
     (r"\*args, \*\*kwargs", "*args: typing.Any, **kwargs: typing.Any"),
+    (r"(def \w+\([^)]*\)):", r"\1 -> typing.Any:"),
     (r"def __eq__\(self, arg0: \w+\)", "def __eq__(self, arg0: object)"),
 )
 
