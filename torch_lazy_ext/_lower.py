@@ -323,7 +323,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         spent=spent,
         guards=guards,
         generators=recorder.generators(),
-        uses_storage_offset=any(n.kind() == "aten::as_strided" for n in graph.nodes()),
+        uses_storage_offset=graph.findNode("aten::as_strided") is not None,
         backward=backward,
     )
 

@@ -322,6 +322,7 @@ StateGuard::Dict& StateGuard::watch(PyObject* dict, Keep& keep) {
   auto [found, fresh] = dict_index_.try_emplace(dict, dicts_.size());
   if (fresh) {
     dicts_.push_back({dict});
+    versions_.emplace_back(dict, 0);
     keep.append(py::handle(dict));
   }
   return dicts_[found->second];
@@ -423,10 +424,11 @@ bool StateGuard::check() {
       return false;
     }
   }
-  for (Dict& d : dicts_) {
-    if (is_unchanged(d.dict, d.version)) {
+  for (size_t i = 0; i < versions_.size(); ++i) {
+    if (is_unchanged(versions_[i].first, versions_[i].second)) {
       continue;
     }
+    const Dict& d = dicts_[i];
     const uint64_t version = version_of(d.dict);
     if (d.size >= 0 && PyDict_GET_SIZE(d.dict) != d.size) {
       return false;
@@ -436,7 +438,7 @@ bool StateGuard::check() {
         return false;
       }
     }
-    d.version = version;
+    versions_[i].second = version;
   }
   return !called_python_ || read_handles_again();
 }
@@ -452,9 +454,10 @@ bool StateGuard::read_handles_again() {
       }
     }
   }
-  for (const Dict& d : dicts_) {
+  for (size_t i = 0; i < versions_.size(); ++i) {
+    const Dict& d = dicts_[i];
     for (const Entry& e : d.entries) {
-      if (e.handle >= 0 && !is_unchanged(d.dict, d.version)) {
+      if (e.handle >= 0 && !is_unchanged(d.dict, versions_[i].second)) {
         current_[e.handle] = item(d.dict, e.key);
         if (current_[e.handle] == nullptr) {
           return false;

@@ -119,7 +119,6 @@ class StateGuard {
   };
   struct Dict {
     PyObject* dict;
-    uint64_t version = 0;
     Py_ssize_t size = -1;
     std::vector<Entry> entries;
   };
@@ -137,6 +136,8 @@ class StateGuard {
   bool read_handles_again();
 
   std::vector<Dict> dicts_;
+  // Parallel to dicts_, and looked at on every call: where the version stands, and what it was.
+  std::vector<std::pair<PyObject*, uint64_t>> versions_;
   std::unordered_map<PyObject*, size_t> dict_index_;
   std::vector<Loose> loose_;
   std::vector<std::pair<PyObject*, Py_ssize_t>> sizes_;

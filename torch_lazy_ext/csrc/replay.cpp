@@ -37,6 +37,49 @@ torch::jit::Operation operation_of(const Node* n) {
   return n->getOperation();
 }
 
+bool same_layout(const Value* a, const Value* b) {
+  const auto x = a->type()->cast<c10::TensorType>();
+  const auto y = b->type()->cast<c10::TensorType>();
+  return x && y && x->scalarType().has_value() && x->scalarType() == y->scalarType() &&
+      x->sizes().concrete_sizes().has_value() &&
+      x->sizes().concrete_sizes() == y->sizes().concrete_sizes() &&
+      x->strides().concrete_sizes().has_value() &&
+      x->strides().concrete_sizes() == y->strides().concrete_sizes();
+}
+
+// `add_` for `add`, where the result fits in the place of the first operand. Only of pointwise
+// operators, whose in-place variants compute what they do.
+std::optional<c10::OperatorHandle> in_place_variant(const Node* n, const c10::OperatorHandle& op) {
+  if (!op.hasTag(at::Tag::pointwise) || op.hasTag(at::Tag::nondeterministic_seeded) ||
+      n->inputs().empty() || n->outputs().size() != 1 ||
+      !same_layout(n->input(0), n->output(0))) {
+    return std::nullopt;
+  }
+  const c10::FunctionSchema& schema = op.schema();
+  const auto found =
+      c10::Dispatcher::singleton().findOp({schema.name() + "_", schema.overload_name()});
+  if (!found || found->schema().arguments().size() != schema.arguments().size()) {
+    return std::nullopt;
+  }
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const c10::Argument& argument = found->schema().arguments()[i];
+    const bool written = argument.alias_info() != nullptr && argument.alias_info()->isWrite();
+    if (written != (i == 0) || *argument.type() != *schema.arguments()[i].type()) {
+      return std::nullopt;
+    }
+  }
+  return found;
+}
+
+bool is_owned_alone(const c10::IValue& v) {
+  if (!v.isTensor()) {
+    return false;
+  }
+  const at::Tensor& t = v.toTensor();
+  return t.defined() && t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 &&
+      !t.is_conj() && !t.is_neg() && !t.is_inference();
+}
+
 } // namespace
 
 Program::Program(std::shared_ptr<torch::jit::Graph> graph) : graph_(std::move(graph)) {
@@ -53,9 +96,12 @@ Program::Program(std::shared_ptr<torch::jit::Graph> graph) : graph_(std::move(gr
       constants_.push_back(*torch::jit::toIValue(n->output()));
       continue;
     }
-    Instruction instruction{std::nullopt, operation_of(n), {}, {}};
+    Instruction instruction{std::nullopt, operation_of(n), {}, {}, std::nullopt};
     if (const c10::FunctionSchema* schema = n->maybeSchema()) {
       instruction.op = c10::Dispatcher::singleton().findOp(schema->operator_name());
+    }
+    if (instruction.op) {
+      instruction.in_place = in_place_variant(n, *instruction.op);
     }
     for (const Value* v : n->inputs()) {
       instruction.inputs.push_back(operand(v));
@@ -84,6 +130,18 @@ Program::Program(std::shared_ptr<torch::jit::Graph> graph) : graph_(std::move(gr
   }
 }
 
+void Program::call(const Instruction& i, Stack& stack) const {
+  if (i.in_place && i.inputs[0].last && is_owned_alone(stack[0])) {
+    // Below what counts versions: the result is a new tensor to whoever gets it.
+    at::AutoDispatchBelowADInplaceOrView below;
+    i.in_place->callBoxed(&stack);
+  } else if (i.op) {
+    i.op->callBoxed(&stack);
+  } else {
+    i.operation(stack);
+  }
+}
+
 void Program::run(Stack& stack) const {
   // As eager runs under no_grad, without autograd's kernels, which would do nothing. Those
   // above the kernels proper stay: a view shares the version counter of its base.
@@ -108,11 +166,7 @@ void Program::run(Stack& stack) const {
   };
   for (const Instruction& i : instructions_) {
     push(i.inputs);
-    if (i.op) {
-      i.op->callBoxed(&stack);
-    } else {
-      i.operation(stack);
-    }
+    call(i, stack);
     for (size_t k = i.outputs.size(); k-- > 0;) {
       if (i.outputs[k] >= 0) {
         registers[i.outputs[k]] = std::move(stack[k]);

@@ -33,7 +33,10 @@ class Program {
     mutable torch::jit::Operation operation; // calling one is not const
     std::vector<Operand> inputs;
     std::vector<int32_t> outputs; // registers; -1: nobody reads it
+    // The same operator on the memory of its first operand, for when nobody else has that.
+    std::optional<c10::OperatorHandle> in_place;
   };
+  void call(const Instruction& instruction, torch::jit::Stack& stack) const;
 
   std::shared_ptr<torch::jit::Graph> graph_;
   std::vector<c10::IValue> constants_;
