@@ -111,6 +111,7 @@ class _Translation:
             return n.meta["val"] if n.op != "get_attr" else getattr(self.root, str(n.target))
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        assert callable(node.target)
         return node.target(*args, **kwargs)
 
     def unpack(self, node: Any, outputs: list[torch._C.Value]) -> None:
@@ -132,7 +133,8 @@ def _overload(source: torch._C.Node) -> torch._ops.OpOverload:
         raise ExtractionError(f"{source.kind()} in a lowered graph is no operator of PyTorch's")
     namespace, _, name = schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name)
-    return getattr(packet, schema.overload_name or "default")
+    overload: torch._ops.OpOverload = getattr(packet, schema.overload_name or "default")
+    return overload
 
 
 def _argument(argument: torch._C.Argument, value: Any) -> Any:
@@ -178,7 +180,7 @@ def _is_complete(value: torch._C.Value) -> bool:
 
 
 def _fake(value: torch._C.Value) -> torch.Tensor:
-    kind = value.type()
+    kind: Any = value.type()  # a TensorType
     return torch.empty_strided(
         kind.sizes(), kind.strides(), dtype=kind.dtype(), device=kind.device()
     )
@@ -191,7 +193,7 @@ def _recorded(value: torch._C.Value) -> Any:
 
 def _stack_trace(source: torch._C.Node) -> str:
     """As `traceback` prints a frame, which is what readers of `meta["stack_trace"]` parse."""
-    file, _, line = source.sourceRange().strip().rpartition(":")
+    file, _, line = str(source.sourceRange()).strip().rpartition(":")
     if not file:
         return ""
     code = linecache.getline(file, int(line)).strip()

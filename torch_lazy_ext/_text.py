@@ -166,4 +166,4 @@ def _constant_text(value: Any) -> str:
 
 
 def _location(node: torch._C.Node) -> str:
-    return os.path.basename(node.sourceRange().strip())
+    return os.path.basename(str(node.sourceRange()).strip())

@@ -156,7 +156,7 @@ def make_tuple(shape: Shape, children: list[Any]) -> Any:
         return torch.Size(items)
     if hasattr(cls, "n_sequence_fields"):  # torch.return_types: made by C code
         return cls(items)
-    made = tuple.__new__(cls, items)
+    made: Any = tuple.__new__(cls, items)
     _set_attributes(made, shape, children)
     return made
 
@@ -274,7 +274,7 @@ def same(a: Any, b: Any) -> bool:
     if type(a).__module__ == "numpy":
         if not hasattr(a, "dtype"):
             return False
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     try:
         return bool(a == b)
     except Exception:  # a foreign __eq__ may raise anything; then only identity counts
