@@ -13,16 +13,21 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _lift, _lower, _record
+from torch_lazy_ext import _C, _compile, _lift, _lower, _record
 from torch_lazy_ext._errors import UnsupportedError
 
 
 class Backward:
     """The extracted backward of a variant: a graph of its own, and what belongs around it."""
 
-    def __init__(self, lowered: _lower.Backward) -> None:
+    def __init__(self, lowered: _lower.Backward, compiler: _compile.Compiler) -> None:
         self.lowered = lowered
-        self.program = _C.Program(lowered.graph)
+        self._compiler = compiler
+        unsuitable = "sizes that depend on the data" if lowered.guards else ""
+        self._graph = _compile.Graph(lowered.graph, unsuitable=unsuitable)
+        self._program = compiler.start(self._graph)
+        self._first_run = threading.Lock()
+        self._compiled = False
 
     def check(self, recorder: _C.Recorder, values: list[torch.Tensor]) -> bool:
         """Run it operator by operator for some tangents, before anybody has seen a result.
@@ -46,7 +51,13 @@ class Backward:
 
     def run(self, saved: tuple[torch.Tensor, ...], tangents: list[torch.Tensor]) -> Any:
         """The gradients of `lowered.wrt`."""
-        values = self.program.run([*saved, *tangents])
+        inputs = [*saved, *tangents]
+        if not self._compiled:
+            with self._first_run:
+                if not self._compiled:
+                    self._compiler.finish(self._graph, self._program, inputs)
+                    self._compiled = True
+        values = self._program.run(inputs)
         for guard in self.lowered.guards:
             value = values[guard.root]
             if list(value.shape) != guard.expected:
@@ -158,7 +169,9 @@ class _Derivative:
         inputs = recorder.lifted()
         self.reads = [i for i in lowered.parameters if not inputs[i][2]]
         self.program = _C.Program(lowered.graph)
-        self.backward = None if lowered.backward is None else Backward(lowered.backward)
+        self.backward: Backward | None = None
+        if lowered.backward is not None:
+            self.backward = Backward(lowered.backward, _compile.Compiler("torchscript", False))
         self._recorder: _C.Recorder | None = recorder  # until the first run
 
     def run(self, inputs: dict[int, torch.Tensor]) -> list[torch.Tensor] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_lazy_ext import _C, _fx, _gradients, _lift, _lower, _record, _text, _tree
+from torch_lazy_ext import _C, _compile, _fx, _gradients, _lift, _lower, _record, _text, _tree
 from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 
 GUARD_FAILURE = ("recapture", "eager", "error")
@@ -100,6 +100,7 @@ class Specialization(_C.Variant):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         flat: _tree.Flat,
+        compiler: _compile.Compiler,
         verify_layouts: bool = False,
     ) -> None:
         # Whatever the C++ half points to: here Python's collector of cycles sees it.
@@ -113,7 +114,9 @@ class Specialization(_C.Variant):
         recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts)
         self.graph = lowered.graph
         self._lowered = lowered
-        self._program = _C.Program(lowered.graph)
+        self._compiler = compiler
+        self._graph = _compile.Graph(lowered.graph, _weights(flat, lowered), _unsuitable(lowered))
+        self._program = compiler.start(self._graph)
         self._parameters = lowered.parameters
         self._generators = lowered.generators
         self._recorder: _C.Recorder | None = recorder  # until the first run
@@ -136,13 +139,18 @@ class Specialization(_C.Variant):
         lowered.lifted = []
         self._backward: _gradients.Backward | None = None
         if lowered.backward is not None:
-            self._backward = _gradients.Backward(lowered.backward)
+            self._backward = _gradients.Backward(lowered.backward, compiler)
         self._set_up_native_finish(lowered)
 
     @functools.cached_property
     def graph_module(self) -> torch.fx.GraphModule:
         """The graph as aten operators in FX, with a fake tensor for each value."""
         return _fx.graph_module(self.graph)
+
+    @property
+    def backend(self) -> str:
+        """What runs the graph by now: a backend's name, and why it is not the chosen one."""
+        return self._graph.runs_on
 
     def _guard_calls(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
@@ -245,6 +253,7 @@ class Specialization(_C.Variant):
                     recorder, checked.values
                 ):
                     raise _Learned
+                self._compiler.finish(self._graph, self._program, inputs)
                 self._recorder = None
                 self._checked = True
                 return checked.values
@@ -426,6 +435,30 @@ def _capture(
             recording.recorder.release()
 
 
+def _weights(flat: _tree.Flat, lowered: _lower.Lowered) -> list[int]:
+    """The inputs of a graph that are state which no call of it writes to or differentiates."""
+    if lowered.backward is not None:
+        return []
+    others = {id(leaf) for leaf in flat.leaves}
+    others.update(id(grad) for _leaf, grad in lowered.leaves)
+    written = {w.index for w in lowered.writes}
+    return [
+        k
+        for k, i in enumerate(lowered.parameters)
+        if i not in written and id(lowered.lifted[i][0]) not in others and lowered.lifted[i][2] < 0
+    ]
+
+
+def _unsuitable(lowered: _lower.Lowered) -> str:
+    """What TorchScript alone can run, and the graph itself does not show."""
+    if not all(g.is_value for g in lowered.guards):
+        return "sizes that depend on the data"
+    inputs = [lowered.lifted[i][0] for i in lowered.parameters]
+    if any(t.is_conj() or t.is_neg() for t in inputs):
+        return "inputs that are conjugated or negated views"
+    return ""
+
+
 def _kept_value(leaf: Any) -> Any:
     # An array can be written to between the calls.
     return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
@@ -459,10 +492,18 @@ class CompiledGraph(_C.Caller):
         fn: the program.
         limit: how many variants are kept; the least recently used one goes first.
         on_guard_failure: what happens when the data takes a way that no variant took.
+        backend: what runs the graphs.
+        freeze: weights become constants of the code.
     """
 
     def __init__(
-        self, fn: Callable[..., Any], *, limit: int = 32, on_guard_failure: str = "recapture"
+        self,
+        fn: Callable[..., Any],
+        *,
+        limit: int = 32,
+        on_guard_failure: str = "recapture",
+        backend: _compile.Backend = "torchscript",
+        freeze: bool = False,
     ) -> None:
         if limit < 1:
             raise ValueError(f"limit is {limit}: a graph keeps one variant at least")
@@ -471,6 +512,7 @@ class CompiledGraph(_C.Caller):
                 f"on_guard_failure is {on_guard_failure!r}: it is one of {', '.join(GUARD_FAILURE)}"
             )
         super().__init__()
+        self._compiler = _compile.Compiler(backend, freeze)
         self._fn = fn
         self._limit = limit
         self._on_guard_failure = on_guard_failure
@@ -484,7 +526,9 @@ class CompiledGraph(_C.Caller):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False
     ) -> Specialization:
         flat = _tree.flatten((args, kwargs))
-        specialization = Specialization(self._fn, args, kwargs, flat, verify_layouts)
+        specialization = Specialization(
+            self._fn, args, kwargs, flat, self._compiler, verify_layouts
+        )
         with self._lock:
             self._specializations.insert(0, specialization)
             del self._specializations[self._limit :]
@@ -649,6 +693,7 @@ class CompiledGraph(_C.Caller):
             lines.append(
                 f"variant {i}: {count} operator{'s' * (count != 1)}, {s.hits} "
                 f"hit{'s' * (s.hits != 1)}, {s.misses} miss{'es' * (s.misses != 1)}"
+                f"{'' if s.backend == 'torchscript' else f', on {s.backend}'}"
             )
             lines += [f"  guard: {guard!r}" for guard in s.guards] or ["  no guards"]
         return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch_lazy_ext import _C
+from torch_lazy_ext._compile import Backend
 from torch_lazy_ext._replay import CompiledGraph
 
 
@@ -16,6 +17,8 @@ def extract_compiled_graph(
     *,
     limit: int = 32,
     on_guard_failure: str = "recapture",
+    backend: Backend = "torchscript",
+    freeze: bool = False,
 ) -> CompiledGraph:
     """Capture `fn` on example arguments as one graph.
 
@@ -28,14 +31,24 @@ def extract_compiled_graph(
             run eagerly, with one warning.
         on_guard_failure: what to do when the data takes a way that no variant took: "recapture",
             run this call in "eager", or raise a GuardError ("error").
+        backend: what runs the graphs: "torchscript", ready in milliseconds; "inductor", native code
+            that the first call of a variant compiles; "tiered", TorchScript until a thread has
+            compiled native code; "fx", operator by operator in Python; or a function with the
+            signature of a `torch.compile` backend, (GraphModule, example inputs) -> callable.
+        freeze: make constants of weights, which compiled code can fold and lay out ahead of time.
+            Calls notice when a weight changes, and go on with the weights as they are; when they
+            have stopped changing, the code is made anew. For variants without gradients.
 
     Returns:
         A callable with the program's own signature.
 
     Raises:
         ExtractionError: the program cannot be captured; the message names the operator and line.
+        ValueError: an argument is none of the values above.
     """
-    graph = CompiledGraph(fn, limit=limit, on_guard_failure=on_guard_failure)
+    graph = CompiledGraph(
+        fn, limit=limit, on_guard_failure=on_guard_failure, backend=backend, freeze=freeze
+    )
     if _C.capturing():
         return graph  # part of the program that is captured: its calls run inline
     graph._capture(tuple(example_args), dict(example_kwargs or {}))

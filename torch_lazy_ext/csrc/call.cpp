@@ -173,16 +173,16 @@ void Variant::add_guard(DataGuard guard) {
 void Variant::set_program(const py::object& program) {
   if (py::isinstance<Program>(program)) {
     program_ = program.cast<std::shared_ptr<Program>>();
-    foreign_program_ = nullptr;
+    runnable_ = nullptr;
     return;
   }
-  keep().append(program);
-  foreign_program_ = program.ptr();
+  keep().append(program); // alive for those that have weak references to it
+  runnable_ = program.cast<std::shared_ptr<Runnable>>();
   program_ = nullptr;
 }
 
 py::object Variant::program() const {
-  return program_ ? py::cast(program_) : py::reinterpret_borrow<py::object>(foreign_program_);
+  return program_ ? py::cast(program_) : py::cast(runnable_);
 }
 
 void Variant::set_native_finish(const std::vector<SimpleWrite>& writes, const py::tuple& result) {
@@ -354,9 +354,10 @@ std::vector<at::Tensor> Variant::values(PyObject* self, const Call& call) {
   for (int64_t p : parameters) {
     inputs.push_back(call.tensors[p]);
   }
-  const py::object run =
-      checked ? py::handle(foreign_program_).attr("run") : py::handle(self).attr("_first_values");
-  return tensors_of(run(list_of(inputs)));
+  if (checked) {
+    return runnable_->run(inputs);
+  }
+  return tensors_of(py::handle(self).attr("_first_values")(list_of(inputs)));
 }
 
 void Variant::raise_mismatch(const std::vector<at::Tensor>* observed) {

@@ -2,6 +2,7 @@
 // the variant is of the common kind, with Python for the rest.
 #pragma once
 
+#include "compile.h"
 #include "guards.h"
 #include "record.h"
 #include "replay.h"
@@ -125,7 +126,7 @@ class Variant {
   std::vector<int64_t> written_;
   std::vector<DataGuard> guards_;
   std::shared_ptr<Program> program_;
-  PyObject* foreign_program_ = nullptr; // borrowed; has run(list of tensors) -> list of tensors
+  std::shared_ptr<Runnable> runnable_;
   bool native_finish_ = false;
   std::vector<SimpleWrite> writes_;
   Result result_{Result::Kind::Constant};

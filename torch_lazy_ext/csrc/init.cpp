@@ -1,5 +1,6 @@
 // The Python face of the extension.
 #include "call.h"
+#include "compile.h"
 #include "lower.h"
 #include "record.h"
 
@@ -297,6 +298,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("graph", &Program::graph);
   bind_call(m);
+
+  bind_compile(m);
 
   m.def(
       "lower",

@@ -1,0 +1,764 @@
+# Owner(s): ["oncall: jit"]
+
+"""Each backend computes what eager computes; frozen code follows the weights; tiers switch.
+
+The oracle compares results, memory they share, writes and random numbers, as for TorchScript.
+"""
+
+import copy
+import gc
+import importlib.metadata
+import operator
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
+import unittest
+import unittest.mock
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from oracle import check, tensors
+from test_extract_compiled_graph import (
+    ModuleAddcmul,
+    ModuleConstScale,
+    ModuleEagerTensor,
+    ModuleInplaceUpdate,
+    ModuleReturnDupTensor,
+    ModuleReturnEagerTensorOnDefaultDevice,
+    ModuleReturnMulti,
+    ModuleSub,
+)
+from torch import Tensor, fx, nn
+
+import torch_lazy_ext._dynamo
+from torch_lazy_ext import (
+    CompiledGraph,
+    ExtractionError,
+    _inductor,
+    extract_compiled_graph,
+)
+
+TEST_WITH_SLOW = os.getenv("PYTORCH_TEST_WITH_SLOW") == "1"
+Program = Callable[..., Any]
+
+
+def setUpModule() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    unittest.addModuleCleanup(torch.set_num_threads, threads)
+
+
+def interpreting_backend(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """A backend of the user's own."""
+    module.graph.lint()
+    return lambda *args: fx.Interpreter(module).run(*args)
+
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    "fx": {"backend": "fx"},
+    "torchscript_frozen": {"backend": "torchscript", "freeze": True},
+    "inductor": {"backend": "inductor"},
+    "inductor_frozen": {"backend": "inductor", "freeze": True},
+    "callable": {"backend": interpreting_backend},
+}
+
+
+# --- one program after the other on every backend ----------------------------------------------
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp() if x.sum() > 0 else x.cos()
+
+
+class Views(nn.Module):
+    """Results that share memory: with an argument, with the weight, and with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = (x + 1).sin()
+        return [x.t(), x[1:], self.weight.t(), y, y[:, 1], y.t(), (x * 2)[1], x]
+
+
+class Results(nn.Module):
+    """Equal results are still two tensors, constants are new on each call, a copy is no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x + 1, x + 1, torch.ones(2), x.clone(), self.weight * 2, (x * 3).clone()]
+
+
+class Counter(nn.Module):
+    """A buffer that each call writes to is never a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        x.mul_(2)
+        return self.linear(x) * self.count
+
+
+class Net(nn.Module):
+    """What Inductor packs and folds: convolution, batch norm, products, attention, embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.norm.running_mean.normal_()
+        self.linear = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        x = nn.functional.scaled_dot_product_attention(x, x, x)
+        x = self.norm(self.conv(x[:, None])).relu()
+        return self.linear(x) @ (self.scale * 2).t()
+
+
+class Randoms(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a = nn.functional.dropout(x, 0.5)
+        b = torch.rand(3) + torch.randn(3)
+        torch.rand(2)  # moves the generator, and nobody has the numbers
+        c = torch.bernoulli(torch.full((3,), 0.5)) + torch.randint(0, 10, (3,))
+        return [a, b, c, torch.randperm(4), torch.rand_like(x), torch.empty(3).uniform_(1, 2)]
+
+
+class Nothing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def ids() -> tuple[Tensor]:
+    return (torch.randint(0, 10, (2, 8)),)
+
+
+PROGRAMS: dict[str, tuple[Program, Callable[..., Any], dict[str, Any]]] = {
+    "sub": (ModuleSub, tensors((2, 3), (2, 3)), {}),
+    "const_scale": (ModuleConstScale, tensors((2, 3)), {}),
+    "addcmul": (ModuleAddcmul, tensors((2, 3), (2, 3), (2, 3)), {}),
+    "return_multi": (ModuleReturnMulti, tensors((2, 3), (2, 3)), {}),
+    "eager_tensor": (ModuleEagerTensor, tensors((2, 3)), {}),
+    "no_arguments": (ModuleReturnEagerTensorOnDefaultDevice, tensors(), {}),
+    "return_dup": (ModuleReturnDupTensor, tensors((2, 3), (2, 3)), {}),
+    "inplace_update": (ModuleInplaceUpdate, tensors((2, 3), (2, 3)), {}),
+    "branch": (Branch, tensors((4,)), {"captures": 2, "calls": 5}),
+    "views": (Views, tensors((3, 3)), {}),
+    "results": (Results, tensors((3,)), {}),
+    "counter": (Counter, tensors((2, 3)), {}),
+    "net": (lambda: Net().eval(), ids, {}),
+    "random": (Randoms, tensors((3, 3)), {"exact": True}),
+    "nothing": (Nothing, tensors((3,)), {}),
+}
+# What is as fast on TorchScript runs there; the others must have been compiled.
+STAYS_ON_TORCHSCRIPT = {"no_arguments", "nothing"}
+
+
+def make_test(program: str, backend: str) -> Callable[[unittest.TestCase], None]:
+    make, inputs, options = PROGRAMS[program]
+
+    def test(self: unittest.TestCase) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            graph = check(make, inputs, **{"exact": False, **options}, options=BACKENDS[backend])
+        reasons = [str(w.message) for w in caught if "stays on TorchScript" in str(w.message)]
+        if backend.startswith("inductor"):
+            expected = program in STAYS_ON_TORCHSCRIPT
+            self.assertEqual(bool(reasons), expected, reasons)
+            self.assertEqual(
+                {s.backend == "inductor" for s in graph.specializations}, {not expected}
+            )
+
+    return test
+
+
+class ProgramTest(unittest.TestCase):
+    """Every program on every backend."""
+
+
+for _program in PROGRAMS:
+    for _backend in BACKENDS:
+        setattr(ProgramTest, f"test_{_program}_{_backend}", make_test(_program, _backend))
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+def make_gradient_test(backend: str) -> Callable[[unittest.TestCase], None]:
+    def test(self: unittest.TestCase) -> None:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        oracle = copy.deepcopy(module)
+        graph = extract_compiled_graph(module, (torch.randn(5, 3),), **BACKENDS[backend])
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, oracle)]
+        for _ in range(4):
+            x = torch.randn(5, 3)
+            args = [x.clone().requires_grad_() for _ in range(2)]
+            results = [f(a) for f, a in zip((graph, oracle), args)]
+            torch.testing.assert_close(*results)
+            for result, optimizer in zip(results, optimizers):
+                optimizer.zero_grad()
+                result.pow(2).sum().backward()
+                optimizer.step()
+            torch.testing.assert_close(args[0].grad, args[1].grad)
+            torch.testing.assert_close(module.state_dict(), oracle.state_dict())
+        self.assertEqual(sum(s.hits for s in graph.specializations), 4)
+        if backend == "inductor":
+            (variant,) = [s for s in graph.specializations if s.hits]
+            self.assertEqual(variant.backend, "inductor")
+
+    return test
+
+
+class GradientTest(unittest.TestCase):
+    """Training steps; a variant with gradients is not frozen."""
+
+    test_fx = make_gradient_test("fx")
+    test_inductor = make_gradient_test("inductor")
+    test_frozen = make_gradient_test("torchscript_frozen")
+    test_callable = make_gradient_test("callable")
+
+
+# --- frozen weights ----------------------------------------------------------------------------
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def no_grad_update(module: Frozen) -> None:
+    with torch.no_grad():
+        module.linear.weight.mul_(2)
+
+
+def through_data(module: Frozen) -> None:
+    module.linear.weight.data.mul_(2)
+
+
+def through_a_view_of_data(module: Frozen) -> None:
+    module.linear.bias.data[1:].add_(1)
+
+
+def assigned_data(module: Frozen) -> None:
+    module.linear.weight.data = torch.randn(3, 3)
+
+
+def replaced(module: Frozen) -> None:
+    module.linear.weight = nn.Parameter(torch.randn(3, 3))
+
+
+def replaced_module(module: Frozen) -> None:
+    module.linear = nn.Linear(3, 3)
+
+
+def loaded(module: Frozen) -> None:
+    module.load_state_dict(Frozen().state_dict())
+
+
+def loaded_by_assignment(module: Frozen) -> None:
+    module.load_state_dict(Frozen().state_dict(), assign=True)
+
+
+def through_set(module: Frozen) -> None:
+    with torch.no_grad():
+        module.linear.weight.set_(torch.randn(3, 3))
+
+
+def through_numpy(module: Frozen) -> None:
+    module.linear.weight.detach().numpy()[:] *= 2
+
+
+def stepped(module: Frozen) -> None:
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
+        module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    module.zero_grad()
+
+
+def restored(module: Frozen) -> None:
+    """Written to, with the values that were there."""
+    module.load_state_dict(copy.deepcopy(module.state_dict()))
+
+
+CHANGES = (
+    no_grad_update,
+    through_data,
+    through_a_view_of_data,
+    assigned_data,
+    replaced,
+    replaced_module,
+    loaded,
+    loaded_by_assignment,
+    through_set,
+    through_numpy,
+    stepped,
+    restored,
+)
+
+
+class Builds:
+    """Counts how often frozen code is made."""
+
+    def __init__(self, graph: CompiledGraph) -> None:
+        self.count = 0
+        build = graph._compiler.build
+
+        def counted(*args: Any) -> None:
+            self.count += 1
+            build(*args)
+
+        graph._compiler.build = counted
+
+
+def make_change_test(change: Callable[[Frozen], None], backend: str) -> Callable[..., None]:
+    def test(self: unittest.TestCase) -> None:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            module = Frozen()
+            graph = extract_compiled_graph(
+                module, (torch.randn(2, 3),), backend=backend, freeze=True
+            )
+            builds = Builds(graph)
+
+            def compare(times: int) -> None:
+                for _ in range(times):
+                    x = torch.randn(2, 3)
+                    torch.testing.assert_close(graph(x), module(x))
+
+            compare(3)
+            self.assertEqual(builds.count, 1)
+            change(module)
+            compare(1)
+            same_variant = len(graph.specializations) == 1
+            if same_variant:
+                self.assertEqual(builds.count, 1)  # a weight may change before each call
+            compare(3)
+            if same_variant:
+                self.assertEqual(builds.count, 1 if change is restored else 2)
+            change(module)
+            compare(3)
+
+    return test
+
+
+class FreezeTest(unittest.TestCase):
+    """No change of a weight goes unseen, and the code is made anew once the weights rest."""
+
+    def test_nothing_frozen_is_stale_in_a_loop(self) -> None:
+        with torch.no_grad():
+            module = Frozen()
+            graph = extract_compiled_graph(
+                module, (torch.randn(2, 3),), backend="torchscript", freeze=True
+            )
+            builds = Builds(graph)
+            for _ in range(6):
+                through_data(module)
+                x = torch.randn(2, 3)
+                torch.testing.assert_close(graph(x), module(x))
+            self.assertEqual(builds.count, 1)
+
+    def test_weights_are_not_moved(self) -> None:
+        """Freezing neither copies the weights nor gives them other memory."""
+        with torch.no_grad():
+            module = Frozen()
+            before = [torch._C._data_address(p) for p in module.parameters()]
+            graph = extract_compiled_graph(
+                module, (torch.randn(2, 3),), backend="torchscript", freeze=True
+            )
+            for _ in range(3):
+                graph(torch.randn(2, 3))
+            self.assertEqual([torch._C._data_address(p) for p in module.parameters()], before)
+
+    def test_memory_of_others_is_not_frozen(self) -> None:
+        """A write to an array is seen by no one, so a weight over one is no constant."""
+        np = __import__("numpy")
+        array = np.ones((3, 3), dtype=np.float32)
+        with torch.no_grad():
+            module = Frozen()
+            module.linear.weight = nn.Parameter(torch.from_numpy(array))
+            graph = extract_compiled_graph(
+                module, (torch.randn(2, 3),), backend="torchscript", freeze=True
+            )
+            for _ in range(4):
+                array += 1
+                x = torch.randn(2, 3)
+                torch.testing.assert_close(graph(x), module(x))
+
+    def test_what_is_worth_freezing(self) -> None:
+        with torch.no_grad():
+            module = Net().eval()
+            graph = extract_compiled_graph(module, ids())
+            placeholders = list(graph.graph_module.graph.find_nodes(op="placeholder"))
+            weights = [
+                i for i, n in enumerate(placeholders) if n.meta["val"].dtype is torch.float32
+            ]
+            frozen = _inductor.worth_freezing(graph.graph_module, weights)
+            (left,) = set(weights) - set(frozen)
+            self.assertEqual(placeholders[left].meta["val"].shape, module.table.weight.shape)
+
+    def test_freed(self) -> None:
+        """What freezing keeps goes with the graph."""
+        with torch.no_grad():
+            module = Frozen()
+            graph = extract_compiled_graph(
+                module, (torch.randn(2, 3),), backend="torchscript", freeze=True
+            )
+            graph(torch.randn(2, 3))
+            weight = weakref.ref(module.linear.weight)
+            del graph, module
+            gc.collect()
+            self.assertIsNone(weight())
+
+    def test_wrong_combinations(self) -> None:
+        for backend in ("fx", interpreting_backend):
+            with self.assertRaisesRegex(ValueError, "freeze"):
+                extract_compiled_graph(torch.neg, (torch.ones(1),), backend=backend, freeze=True)
+        with self.assertRaisesRegex(ValueError, "backend is 'none'"):
+            extract_compiled_graph(torch.neg, (torch.ones(1),), backend="none")
+
+
+for _change in CHANGES:
+    setattr(FreezeTest, f"test_{_change.__name__}", make_change_test(_change, "torchscript"))
+    if _change in (through_data, replaced, loaded) or TEST_WITH_SLOW:
+        _test = make_change_test(_change, "inductor")
+        setattr(FreezeTest, f"test_{_change.__name__}_inductor", _test)
+
+
+# --- what Inductor is not given, and what it fails at ------------------------------------------
+
+
+def only_warning(caught: list[warnings.WarningMessage]) -> str:
+    (message,) = [str(w.message) for w in caught if "stays on TorchScript" in str(w.message)]
+    return message
+
+
+class FallbackTest(unittest.TestCase):
+    """A graph that stays on TorchScript computes what eager does, with one warning."""
+
+    def check(self, program: Program, inputs: Callable[..., Any], reason: str, **options) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            graph = check(lambda: program, inputs, **options, options={"backend": "inductor"})
+        self.assertIn(reason, only_warning(caught))
+        self.assertIn(f"on torchscript ({reason}", graph.explain())
+
+    def test_complex(self) -> None:
+        self.check(lambda x: x.conj() * 2, tensors((2,), dtype=torch.complex64), "complex")
+
+    def test_sizes_from_data(self) -> None:
+        self.check(lambda x: x[x > -100] * 2, tensors((4,)), "sizes that depend on the data")
+
+    def test_generator(self) -> None:
+        generators: dict[str, torch.Generator] = {}
+
+        def draw(generator: torch.Generator) -> Tensor:
+            return torch.rand(2, generator=generator)
+
+        def inputs(i: int) -> tuple[torch.Generator]:
+            return (generators.setdefault("one", torch.Generator()).manual_seed(i),)
+
+        self.check(draw, inputs, "a torch.Generator", captures=None)
+
+    def test_failure(self) -> None:
+        def fails(*_args: Any, **_kwargs: Any) -> None:
+            raise RuntimeError("planted\nsecond line")
+
+        with unittest.mock.patch.object(_inductor.compile_fx, "compile_fx_inner", fails):
+            self.check(lambda x: x + 1, tensors((2,)), "planted")
+
+    def test_wrong_layout(self) -> None:
+        """The first run looks at what the code returns, and finds a result that is another one."""
+        plain = _inductor._decomposed
+
+        def merged(*args: Any) -> fx.GraphModule:
+            graph = plain(*args)
+            first, second = graph.graph.output_node().args[0]
+            second.replace_all_uses_with(first)
+            graph.recompile()
+            return graph
+
+        with unittest.mock.patch.object(_inductor, "_decomposed", merged):
+            self.check(lambda x: [x + 1, x + 1], tensors((2,)), "Inductor's output 1")
+
+
+class CallableTest(unittest.TestCase):
+    """A function with the signature of a torch.compile backend."""
+
+    def test_arguments(self) -> None:
+        seen: list[Any] = []
+
+        def backend(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            seen.append((module, inputs))
+            return module.forward
+
+        x = torch.randn(3)
+        graph = extract_compiled_graph(lambda x: x * 2, (x,), backend=backend)
+        torch.testing.assert_close([graph(x), graph(x)], [x * 2, x * 2])
+        ((module, inputs),) = seen
+        self.assertIsInstance(module, fx.GraphModule)
+        self.assertIs(inputs[0], x)
+        self.assertEqual(graph.specializations[0].backend, "backend")
+
+    def test_torch_compile_backends(self) -> None:
+        from torch._dynamo.backends.registry import lookup_backend
+
+        for name in ("eager", "aot_eager", "inductor"):
+            with self.subTest(name), torch.no_grad():
+                module = Frozen()
+                graph = extract_compiled_graph(
+                    module, (torch.randn(2, 3),), backend=lookup_backend(name)
+                )
+                for _ in range(3):
+                    x = torch.randn(2, 3)
+                    torch.testing.assert_close(graph(x), module(x))
+
+    def test_failure(self) -> None:
+        def broken(_module: fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+            raise RuntimeError("planted")
+
+        graph = extract_compiled_graph(lambda x: x * 2, (torch.ones(2),), backend=broken)
+        with self.assertRaisesRegex(ExtractionError, "the backend broken .* planted"):
+            graph(torch.ones(2))
+
+    def test_wrong_results(self) -> None:
+        for outputs, message in (
+            ((), "0 outputs"),
+            ((torch.ones(3),), r"torch.float32\[3\]"),
+            ((torch.ones(2, 2).t(),), r"strides \(1, 2\)"),
+        ):
+            with self.subTest(message):
+                graph = extract_compiled_graph(
+                    lambda x: x * 2,
+                    (torch.ones(2, 2),),
+                    backend=lambda _m, _i, o=outputs: lambda *_: o,
+                )
+                graph(torch.ones(2, 2))
+                with self.assertRaisesRegex(ExtractionError, message):
+                    graph(torch.ones(2, 2))
+
+
+# --- tiers -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held_compiler(error: Exception | None = None) -> Iterator[threading.Event]:
+    """Inductor waits for this event, and then compiles, or raises `error`."""
+    event = threading.Event()
+    plain = _inductor.compile
+
+    def compile(*args: Any) -> Any:
+        event.wait(60)
+        if error is not None:
+            raise error
+        return plain(*args)
+
+    with unittest.mock.patch.object(_inductor, "compile", compile):
+        yield event
+        event.set()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited a minute in vain")
+
+
+def join() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("torch_lazy_ext"):
+            thread.join()
+
+
+class TieredTest(unittest.TestCase):
+    def calls(self, graph: CompiledGraph, module: Program, times: int = 3) -> None:
+        for _ in range(times):
+            x = torch.randn(2, 3)
+            torch.testing.assert_close(graph(x), module(x))
+
+    def test_switch(self) -> None:
+        for freeze in (False, True):
+            with self.subTest(freeze=freeze), torch.no_grad(), held_compiler() as event:
+                module = Frozen()
+                graph = extract_compiled_graph(
+                    module, (torch.randn(2, 3),), backend="tiered", freeze=freeze
+                )
+                self.calls(graph, module)
+                (variant,) = graph.specializations
+                self.assertEqual(variant.backend, "torchscript")
+                event.set()
+                wait_for(lambda variant=variant: variant.backend == "inductor")
+                self.calls(graph, module)
+
+    def test_failure(self) -> None:
+        with (
+            torch.no_grad(),
+            held_compiler(RuntimeError("planted")) as event,
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            module = Frozen()
+            graph = extract_compiled_graph(module, (torch.randn(2, 3),), backend="tiered")
+            event.set()
+            self.calls(graph, module)
+            wait_for(lambda: "planted" in graph.specializations[0].backend)
+            self.calls(graph, module)
+            x = torch.randn(4, 3)
+            torch.testing.assert_close(graph(x), module(x))  # another variant, no other warning
+            wait_for(lambda: "planted" in graph.specializations[0].backend)
+        self.assertIn("planted", only_warning(caught))
+
+    def test_weights_that_change_meanwhile(self) -> None:
+        with torch.no_grad(), held_compiler() as event:
+            module = Frozen()
+            graph = extract_compiled_graph(
+                module, (torch.randn(2, 3),), backend="tiered", freeze=True
+            )
+            self.calls(graph, module)
+            through_data(module)
+            event.set()
+            wait_for(lambda: graph.specializations[0].backend == "inductor")
+            self.calls(graph, module)
+            join()
+
+    def test_threads(self) -> None:
+        """Calls from several threads go on while the code is switched under them."""
+        with held_compiler() as event:
+            module = Frozen().requires_grad_(False)
+            graph = extract_compiled_graph(module, (torch.randn(2, 3),), backend="tiered")
+            failures: list[BaseException] = []
+            stop = threading.Event()
+
+            def work() -> None:
+                try:
+                    while not stop.is_set():
+                        self.calls(graph, module, 1)
+                except BaseException as e:
+                    failures.append(e)
+
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.1)
+            event.set()
+            try:
+                wait_for(lambda: graph.specializations[0].backend == "inductor")
+                time.sleep(0.1)
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
+            self.assertEqual(failures, [])
+
+    def test_exit_while_compiling(self) -> None:
+        """The end of the process neither waits for the compiler nor crashes."""
+        script = (
+            "import time, torch, torch_lazy_ext as t\n"
+            "graph = t.extract_compiled_graph(lambda x: x.sin(), (torch.ones(3),),"
+            " backend='tiered')\n"
+            "graph(torch.ones(3))\n"
+            "print('end', time.time(), flush=True)\n"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+        )
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertLess(time.time() - float(result.stdout.split()[1]), 15)
+
+
+# --- torch.compile -----------------------------------------------------------------------------
+
+
+class DynamoTest(unittest.TestCase):
+    """torch.compile(model, backend="torch_lazy_ext"), in inference and training."""
+
+    def tearDown(self) -> None:
+        torch._dynamo.reset()
+
+    def test_registered(self) -> None:
+        """By the name that pyproject.toml gives it; an install turns that into an entry point."""
+        text = (pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text()
+        (value,) = re.findall(
+            r'^\[project.entry-points.torch_dynamo_backends\]\ntorch_lazy_ext = "(.*)"$', text, re.M
+        )
+        group = "torch_dynamo_backends"
+        point = importlib.metadata.EntryPoint("torch_lazy_ext", value, group)
+        points = importlib.metadata.EntryPoints([point])
+        registry = torch._dynamo.backends.registry
+        registry._discover_entrypoint_backends.cache_clear()
+        with unittest.mock.patch("importlib.metadata.entry_points", lambda **_k: points):
+            registry._discover_entrypoint_backends()
+            compiled = torch.compile(lambda x: x * 2, backend="torch_lazy_ext")
+            torch.testing.assert_close(compiled(torch.ones(2)), torch.full((2,), 2.0))
+        registry._discover_entrypoint_backends.cache_clear()
+
+    def test_inference(self) -> None:
+        module = Counter().eval()
+        oracle = copy.deepcopy(module)
+        compiled = torch.compile(module, backend=torch_lazy_ext._dynamo.torch_lazy_ext)
+        with torch.no_grad():
+            for size in (2, 2, 5, 7):
+                x = torch.randn(size, 3)
+                args = [x.clone(), x.clone()]
+                torch.testing.assert_close(compiled(args[0]), oracle(args[1]))
+                torch.testing.assert_close(*args)
+        torch.testing.assert_close(module.count, oracle.count)
+
+    def test_training(self) -> None:
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        oracle = copy.deepcopy(module)
+        compiled = torch.compile(module, backend=torch_lazy_ext._dynamo.torch_lazy_ext)
+        optimizers = [torch.optim.Adam(m.parameters()) for m in (module, oracle)]
+        for _ in range(3):
+            x = torch.randn(5, 3)
+            for function, optimizer in zip((compiled, oracle), optimizers):
+                optimizer.zero_grad()
+                function(x).pow(2).sum().backward()
+                optimizer.step()
+            torch.testing.assert_close(module.state_dict(), oracle.state_dict())
+
+    def test_options(self) -> None:
+        compiled = torch.compile(
+            lambda x: x.sin() + 1,
+            backend=torch_lazy_ext._dynamo.torch_lazy_ext,
+            options={"backend": "fx"},
+        )
+        x = torch.randn(3)
+        torch.testing.assert_close(compiled(x), x.sin() + 1)
+        with self.assertRaisesRegex(Exception, "backend is 'none'"):
+            torch.compile(
+                operator.neg,
+                backend=torch_lazy_ext._dynamo.torch_lazy_ext,
+                options={"backend": "none"},
+            )(x)
+
+
+if __name__ == "__main__":
+    unittest.main()
