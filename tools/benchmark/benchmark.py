@@ -1,57 +1,63 @@
 #!/usr/bin/env python3
-"""Times extracted graphs beside eager, jit.trace + freeze and torch.compile, in one process.
+"""Times extracted graphs beside eager, jit.trace + freeze and torch.compile.
 
+    pip install -e '.[test]' matplotlib
     python tools/benchmark/benchmark.py
-    python tools/benchmark/benchmark.py --models mlp mlp_guard --contestants lazy --rounds 500
-    python tools/benchmark/benchmark.py --contestants lazy compile compile-fastest --json out.json
+    python tools/benchmark/benchmark.py --only "a - b" "MLP, 8 layers" --rounds 100
+    python tools/benchmark/benchmark.py --only scaling
+    python tools/benchmark/benchmark.py --report
 
-Prints, for inference without gradients:
+Measures inference without gradients, one thread for the small models and two for the large ones,
+and writes tools/benchmark/results/: results.json, table.md and results.svg. What results.json holds
+already is not measured again (--again does), so that a run that was broken off goes on, model by
+model. --report only writes table and plot.
 
-* microseconds per call: the median of rounds in which all contestants on all models take turns,
-  and the ratio to eager (below 1 is faster than eager), with the geometric mean of the ratios;
-* what a data guard costs: the time of a model with one over the time of the same model without;
-* seconds from a module to its first result, and the ratio to torch.compile. Caches on disk are
-  empty, and each contestant has built another program before, so that imports do not count.
+For each model:
 
-Before a contestant is timed, its results on fresh arguments are compared with eager's; a difference
-ends the benchmark with an error.
+* microseconds per call: one process builds every contestant, compares its results with eager's, and
+  times all of them in turns; the median of the rounds counts;
+* cold build: seconds from the module to its first result in that process. Inductor's cache on disk
+  is empty but for what any program needs (headers), and each contestant has built another program
+  before, so that imports do not count;
+* warm build: the same in a second process, with the cache that the first one left;
+* peak memory, for the large models: MiB of resident memory above what the process had before it
+  made the model, at most, while the built contestant is called; each contestant in a process of its
+  own. Linux only.
+
+Scaling is measured on the TorchScript backend: the time of a call by the number of operators and by
+the number of parameters (eager's time for the same operator taken off), and the time of an
+extraction by the number of operators, each with the line that fits best, relative errors squared.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import gc
 import itertools
 import json
-import math
+import os
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import DEFAULT_NAMES, EAGER, NAMES, Contestant, choose
-from models import CASES, GUARDED, Case
+from contestants import CONTESTANTS, DEFAULT, Contestant
+from models import CASES, Case, Parameters, Steps
 from torch import nn
-from torch._inductor.utils import fresh_cache
+
+HERE = Path(__file__).parent
+SCALING = "scaling"
+Results = dict[str, Any]
 
 
-@dataclasses.dataclass
-class Result:
-    """One contestant on one model."""
-
-    build_s: float
-    round_us: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def call_us(self) -> float:
-        return statistics.median(self.round_us)
-
-
-Results = dict[str, dict[str, Result]]  # Model -> contestant -> result.
+# --- measuring, in processes of their own ------------------------------------------------------
 
 
 def time_calls(fn: Callable[..., Any], args: tuple[Any, ...], calls: int) -> float:
@@ -64,185 +70,359 @@ def time_calls(fn: Callable[..., Any], args: tuple[Any, ...], calls: int) -> flo
 
 def calls_in(seconds: float, fn: Callable[..., Any], args: tuple[Any, ...]) -> int:
     """How many calls take at least `seconds`. Counting them warms `fn` up."""
+    for _ in range(3):
+        fn(*args)
     calls = 1
     while (took := time_calls(fn, args, calls)) < seconds:
         calls = max(2 * calls, int(calls * seconds / took))
     return calls
 
 
-def timed_build(
-    contestant: Contestant, model: nn.Module, args: tuple[Any, ...]
+def build(
+    case: Case, contestant: Contestant, args: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], float]:
-    """What the contestant makes of `model`, and the median of the seconds to its first result."""
-    times = []
-    for fresh in [copy.deepcopy(model) for _ in range(contestant.builds)]:
-        with fresh_cache():
-            begin = time.perf_counter()
-            fn = contestant.first_result(fresh, args)
-            times.append(time.perf_counter() - begin)
-    return fn, statistics.median(times)
-
-
-def build(case: Case, contestant: Contestant, args: tuple[Any, ...]) -> tuple[Any, float]:
-    """A contestant's callable for `case`, compared with eager, and its seconds to a first result.
-
-    Raises AssertionError where its results on fresh arguments are not eager's.
-    """
+    """A contestant's callable for `case`, and its seconds to the first result."""
+    contestant.first_result(nn.Tanh().eval(), (torch.zeros(3),))
     model = case.make()
-    fn, seconds = timed_build(contestant, model, args)
-    fresh_args = case.inputs()
-    torch.testing.assert_close(fn(*fresh_args), model(*fresh_args), rtol=1e-4, atol=1e-5)
-    return fn, seconds
+    begin = time.perf_counter()
+    fn = contestant.first_result(model, args)
+    return fn, time.perf_counter() - begin
 
 
-def measure(
-    models: list[str], contestants: list[Contestant], rounds: int, min_time: float
-) -> Results:
-    """Build and check every contestant on every model, then time all of them in turns.
+def attempt(
+    case: Case, contestant: Contestant, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], float] | None:
+    """`build`, or None for a peer that cannot build the model."""
+    try:
+        return build(case, contestant, args)
+    except Exception as e:
+        if contestant.name.startswith("ours"):
+            raise
+        print(f"  {contestant.name} fails: {type(e).__name__}: {e}", flush=True)
+        return None
 
-    Args:
-        models: keys of `CASES`.
-        rounds: how often each is timed.
-        min_time: seconds that one round of one contestant on one model takes at least.
-    """
+
+def measure_calls(case: Case, contestants: list[Contestant], options: Any) -> Results:
+    """Cold builds, then all contestants in turns."""
+    args = case.inputs()
     results: Results = {}
     timed = []
-    for name in models:
-        results[name] = {}
-        args = CASES[name].inputs()
-        for contestant in contestants:
-            print(f"building {name}: {contestant.name}", flush=True)
-            fn, build_s = build(CASES[name], contestant, args)
-            result = results[name][contestant.name] = Result(build_s)
-            timed.append((result, fn, args, calls_in(min_time, fn, args)))
-
-    print(f"timing {rounds} rounds", flush=True)
+    for contestant in contestants:
+        built = attempt(case, contestant, args)
+        if built is None:
+            continue
+        fn, seconds = built
+        fresh = case.inputs()
+        # Fused sums round otherwise. A second comparison: the first call of a variant is special.
+        for _ in range(2):
+            torch.testing.assert_close(fn(*fresh), case.make()(*fresh), rtol=1e-3, atol=1e-3)
+        result = results[contestant.name] = {"cold_s": seconds, "rounds_us": []}
+        timed.append((result["rounds_us"], fn, calls_in(options.min_time, fn, args)))
+        print(f"  {contestant.name}: cold build {seconds:.2f} s", flush=True)
     gc.collect()
     gc.disable()
-    try:
-        for _ in range(rounds):
-            for result, fn, args, calls in timed:
-                result.round_us.append(time_calls(fn, args, calls) / calls * 1e6)
-    finally:
-        gc.enable()
+    for _ in range(options.rounds):
+        for rounds, fn, calls in timed:
+            rounds.append(time_calls(fn, args, calls) / calls * 1e6)
+    gc.enable()
+    for result in results.values():
+        result["call_us"] = statistics.median(result["rounds_us"])
     return results
 
 
-def call_ratios(results: Results) -> dict[str, float]:
-    """The geometric mean over all models of time / eager's time, by contestant."""
-    by_contestant: dict[str, list[float]] = {}
-    for row in results.values():
-        for name, result in row.items():
-            by_contestant.setdefault(name, []).append(result.call_us / row[EAGER.name].call_us)
-    return {name: statistics.geometric_mean(ratios) for name, ratios in by_contestant.items()}
+def measure_warm(case: Case, contestants: list[Contestant], options: Any) -> Results:
+    args = case.inputs()
+    results = {}
+    for contestant in contestants:
+        built = attempt(case, contestant, args)
+        if built is not None:
+            results[contestant.name] = {"warm_s": built[1]}
+            print(f"  {contestant.name}: warm build {built[1]:.2f} s", flush=True)
+    return results
 
 
-def guard_ratios(results: Results) -> dict[str, dict[str, float]]:
-    """For each guarded model whose plain model was timed: time / the plain one's, by contestant."""
-    return {
-        guarded: {
-            name: result.call_us / results[plain][name].call_us
-            for name, result in results[guarded].items()
-        }
-        for guarded, plain in GUARDED.items()
-        if guarded in results and plain in results
+def resident(field: str) -> float:
+    """MiB of resident memory of this process: now ("VmRSS"), or at its peak ("VmHWM")."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    assert found is not None
+    return int(found.group(1)) / 1024
+
+
+def measure_memory(case: Case, contestants: list[Contestant], options: Any) -> Results:
+    (contestant,) = contestants
+    args = case.inputs()
+    contestant.first_result(nn.Tanh().eval(), (torch.zeros(3),))
+    gc.collect()
+    before = resident("VmRSS")
+    fn = contestant.first_result(case.make(), args)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    for _ in range(5):
+        fn(*args)
+    return {contestant.name: {"memory_mib": resident("VmHWM") - before}}
+
+
+def measure_scaling(options: Any) -> Results:
+    """Points (size, seconds) of call and extraction times on the TorchScript backend."""
+    ours = CONTESTANTS["ours, torchscript"]
+    points: dict[str, list[tuple[int, float]]] = {
+        "operators": [],
+        "parameters": [],
+        "extraction": [],
     }
 
+    def best(fn: Callable[..., Any], args: tuple[Any, ...]) -> float:
+        calls = calls_in(0.02, fn, args)
+        return statistics.median(time_calls(fn, args, calls) / calls for _ in range(9))
 
-def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A title, then columns as wide as they need to be, the first one flush left."""
-    table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    print(f"\n{title}\n")
-    for row in table:
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join([first.strip().ljust(widths[0]), *rest]))
+    x = torch.randn(4)
+    for count in (10, 30, 100, 300, 1000, 3000, 10000):
+        model = Steps(count)
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            fn = ours.build(model, (x,))
+            times.append(time.perf_counter() - begin)
+        fn(x)
+        points["extraction"].append((count, statistics.median(times)))
+        points["operators"].append((count, best(fn, (x,))))
+        print(f"  {count} operators", flush=True)
+    for count in (1, 10, 30, 100, 300, 1000, 3000, 10000):
+        model = Parameters(count)
+        tensors = [x, *model.parts]
+        fn = ours.first_result(model, (x,))
+        points["parameters"].append((count, best(fn, (x,)) - best(torch.cat, (tensors,))))
+        print(f"  {count} parameters", flush=True)
+    return points
 
 
-def report(results: Results) -> None:
-    """Print the tables of the module's docstring."""
-    means = call_ratios(results)
-    names = list(means)
-    rows = [
-        [model]
-        + [f"{r.call_us:.1f} ({r.call_us / row[EAGER.name].call_us:.2f})" for r in row.values()]
-        for model, row in results.items()
-    ]
-    rows.append(["geometric mean", *(f"({ratio:.2f})" for ratio in means.values())])
-    print_table("microseconds per call (ratio to eager)", ["model", *names], rows)
+PHASES = {"calls": measure_calls, "warm": measure_warm, "memory": measure_memory}
 
-    guards = guard_ratios(results)
-    if guards:
+
+def child(phase: str, model: str, contestants: list[str], options: Any) -> None:
+    """Measure one thing in this process, and write it as JSON to options.output."""
+    with torch.no_grad():
+        if phase == SCALING:
+            torch.set_num_threads(1)
+            found = measure_scaling(options)
+        else:
+            case = CASES[model]
+            torch.set_num_threads(2 if case.large else 1)
+            found = PHASES[phase](case, [CONTESTANTS[n] for n in contestants], options)
+    options.output.write_text(json.dumps(found))
+
+
+def run_child(phase: str, model: str, contestants: list[str], options: Any, cache: str) -> Results:
+    """What `child` finds, in a new process with Inductor's cache in the folder `cache`."""
+    threads = str(2 if model in CASES and CASES[model].large else 1)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found.json"
+        command = [sys.executable, __file__, "--phase", phase, "--only", model]
+        command += ["--contestants", *contestants, "--output", str(output)]
+        command += ["--rounds", str(options.rounds), "--min-time", str(options.min_time)]
+        subprocess.run(
+            command,
+            check=True,
+            env={
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": cache,
+                "OMP_NUM_THREADS": threads,
+                "OMP_PROC_BIND": "true",
+                "HF_HUB_OFFLINE": "1",
+            },
+        )
+        return json.loads(output.read_text())
+
+
+def measure(model: str, options: Any) -> Results:
+    """Everything about one model: contestant -> measurement -> value."""
+    found: Results = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for phase in ("calls", "warm"):
+            print(f"{model}: {phase}", flush=True)
+            for name, values in run_child(
+                phase, model, options.contestants, options, cache
+            ).items():
+                found.setdefault(name, {}).update(values)
+        if CASES[model].large:
+            for name in found:
+                print(f"{model}: memory of {name}", flush=True)
+                found[name].update(run_child("memory", model, [name], options, cache)[name])
+    return found
+
+
+# --- reports -----------------------------------------------------------------------------------
+
+
+def geometric_means(results: Results) -> dict[str, dict[str, float]]:
+    """For small and for large models, how many times faster than torch.compile in both its forms
+    `ours, inductor+freeze` is."""
+    ours = "ours, inductor+freeze"
+    means: dict[str, dict[str, float]] = {}
+    for size in ("small", "large"):
+        for peer in ("compile", "compile, fastest"):
+            ratios = [
+                row[peer]["call_us"] / row[ours]["call_us"]
+                for model, row in results["models"].items()
+                if CASES[model].large == (size == "large") and {peer, ours} <= row.keys()
+            ]
+            if ratios:
+                means.setdefault(size, {})[peer] = statistics.geometric_mean(ratios)
+                means[size][f"{peer}, lowest"] = min(ratios)
+    return means
+
+
+def rounded(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return "—"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join([title, *header])} |", "| --- " + "| ---: " * len(header) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def table(results: Results) -> str:
+    """All results as Markdown."""
+    text = ""
+    for key, title in (
+        ("call_us", "microseconds per call"),
+        ("cold_s", "seconds to the first result, cold"),
+        ("warm_s", "seconds to the first result, warm"),
+        ("memory_mib", "peak MiB while it is called"),
+    ):
+        names = [n for n in CONTESTANTS if any(n in row for row in results["models"].values())]
         rows = [
-            [f"{guarded} / {GUARDED[guarded]}", *(f"{ratio:.2f}" for ratio in row.values())]
-            for guarded, row in guards.items()
+            [model, *(rounded(row.get(name, {}).get(key)) for name in names)]
+            for model, row in results["models"].items()
+            if any(key in cell for cell in row.values())
         ]
-        print_table("cost of a data guard", ["models", *names], rows)
+        if rows:
+            text += markdown(title, names, rows) + "\n"
+    for size, means in geometric_means(results).items():
+        for peer in ("compile", "compile, fastest"):
+            if peer in means:
+                text += (
+                    f"* {size} models, `ours, inductor+freeze` against `{peer}`: "
+                    f"{means[peer]:.2f} times faster in the geometric mean, "
+                    f"{means[f'{peer}, lowest']:.2f} at least\n"
+                )
+    for name, points in results.get(SCALING, {}).items():
+        slope, offset, worst = fit(points)
+        text += (
+            f"* {name}: {offset * 1e6:.3g} us + {slope * 1e6:.3g} us for each, "
+            f"at most {worst:.0%} off the line\n"
+        )
+    return text
 
-    rows = []
-    for model, row in results.items():
-        base = row["compile"].build_s if "compile" in row else math.nan
-        builds = [r.build_s for name, r in row.items() if name != EAGER.name]
-        rows.append([model, *(f"{s:.4f} ({s / base:.4f})" for s in builds)])
-    print_table("seconds to the first result (ratio to compile)", ["model", *names[1:]], rows)
+
+def fit(points: list[list[float]]) -> tuple[float, float, float]:
+    """Slope and offset of the line through `points` with the least squared relative errors, and the
+    largest relative error."""
+    import numpy as np
+
+    x, y = np.array(points).T
+    weighted = np.stack([x / y, 1 / y], axis=1)
+    (slope, offset), *_ = np.linalg.lstsq(weighted, np.ones_like(y), rcond=None)
+    return slope, offset, float(np.max(np.abs((slope * x + offset) / y - 1)))
+
+
+def plot(results: Results, file: Path) -> None:
+    """Times by model, relative to torch.compile; and what grows with operators and parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "torch_lazy_ext"  # the same file for the same numbers
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    rows = {m: row for m, row in results["models"].items() if "compile" in row}
+    names = [n for n in CONTESTANTS if n != "compile" and any(n in row for row in rows.values())]
+    scaling = results.get(SCALING, {})
+    figure = plt.figure(figsize=(11, 8 if scaling else 5), layout="constrained")
+    grid = figure.add_gridspec(2 if scaling else 1, 3, height_ratios=[2, 1][: 2 if scaling else 1])
+    axes = figure.add_subplot(grid[0, :])
+    width = 0.8 / max(1, len(names))
+    for k, name in enumerate(names):
+        speedups = [
+            row["compile"]["call_us"] / row[name]["call_us"] if name in row else 0
+            for row in rows.values()
+        ]
+        places = np.arange(len(rows)) + (k - (len(names) - 1) / 2) * width
+        axes.bar(places, speedups, width, label=name)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda v, _p: f"{v:g}x")
+    axes.set_ylabel("speed, torch.compile = 1")
+    axes.set_xticks(range(len(rows)), rows.keys(), rotation=20, ha="right")
+    axes.legend(ncols=3, fontsize="small")
+    for k, (name, points) in enumerate(scaling.items()):
+        axes = figure.add_subplot(grid[1, k])
+        x, y = np.array(points).T
+        slope, offset, _worst = fit(points)
+        axes.loglog(x, y * 1e6, "o")
+        axes.loglog(x, (slope * x + offset) * 1e6, "-", linewidth=1)
+        what = "extraction" if name == "extraction" else "call"
+        axes.set_xlabel("parameters" if name == "parameters" else "operators")
+        axes.set_ylabel(f"microseconds per {what}")
+        axes.set_title(f"{offset * 1e6:.2g} us + {slope * 1e6:.2g} us for each", fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
+
+
+def report(results: Results, folder: Path) -> None:
+    text = table(results)
+    (folder / "table.md").write_text(text)
+    print(f"\n{text}")
+    if any("compile" in row for row in results["models"].values()):
+        plot(results, folder / "results.svg")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
-        "--contestants",
-        nargs="+",
-        choices=NAMES,
-        default=DEFAULT_NAMES,
-        help=f"who is timed beside eager; default: {' '.join(DEFAULT_NAMES)}",
+        "--only", nargs="+", choices=[*CASES, SCALING], default=[*CASES, SCALING], metavar="MODEL"
     )
-    parser.add_argument(
-        "--backend",
-        nargs="+",
-        default=["torchscript"],
-        help="the backends of torch_lazy_ext to time; default: torchscript",
-    )
-    parser.add_argument("--rounds", type=int, default=100, help="default: 100")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT)
+    parser.add_argument("--rounds", type=int, default=30, help="default: 30")
     parser.add_argument(
         "--min-time",
         type=float,
-        default=0.005,
+        default=0.02,
         metavar="SECONDS",
-        help="the least a round of one contestant takes; default: 0.005",
+        help="the least a round of one contestant takes; default: 0.02",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of each operator; default: 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_argument("--again", action="store_true", help="measure what has been measured")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--folder", type=Path, default=HERE / "results", help="of the results")
+    parser.add_argument("--phase", choices=[*PHASES, SCALING], help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    try:
-        contestants = choose(options.contestants, options.backend)
-    except ValueError as e:
-        parser.error(str(e))
-
-    torch.set_num_threads(options.threads)
-    with torch.no_grad():
-        for contestant in contestants:
-            contestant.first_result(nn.Tanh().eval(), (torch.zeros(3),))
-        results = measure(options.models, contestants, options.rounds, options.min_time)
-    report(results)
-
-    if options.json:
-        document = {
-            "torch": torch.__version__,
-            "threads": options.threads,
-            "models": {
-                model: {
-                    name: {"call_us": result.call_us, **dataclasses.asdict(result)}
-                    for name, result in row.items()
-                }
-                for model, row in results.items()
-            },
-            "geometric_mean": call_ratios(results),
-            "guard_ratio": guard_ratios(results),
-        }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    if options.phase:
+        child(options.phase, options.only[0], options.contestants, options)
+        return
+    options.folder.mkdir(exist_ok=True)
+    file = options.folder / "results.json"
+    results: Results = json.loads(file.read_text()) if file.exists() else {}
+    results.setdefault("models", {})
+    for name in [] if options.report else options.only:
+        known = results if name == SCALING else results["models"]
+        if name in known and not options.again:
+            continue
+        if name == SCALING:
+            with tempfile.TemporaryDirectory() as cache:
+                known[name] = run_child(SCALING, SCALING, DEFAULT, options, cache)
+        else:
+            known[name] = measure(name, options)
+        results["torch"] = torch.__version__
+        order = {m: results["models"][m] for m in CASES if m in results["models"]}
+        results["models"] = copy.copy(order)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    report(results, options.folder)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The programs that are timed: each a module in eval mode and fresh arguments for it."""
+"""The programs that are timed: each a module in eval mode and arguments for it.
+
+The architectures are those of the transformers library, with random weights; nothing is downloaded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,67 +30,65 @@ class Chain(nn.Module):
         return x
 
 
-class Mlp(nn.Module):
-    def __init__(self, width: int, depth: int) -> None:
+class Steps(nn.Module):
+    """`count` elementwise operators."""
+
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential()
-        for _ in range(depth):
-            self.layers.append(nn.Linear(width, width)).append(nn.ReLU())
+        self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        for i in range(self.count):
+            x = torch.sin(x) if i % 2 else x * 1.25
+        return x
 
 
-class GuardedMlp(Mlp):
-    """The same layers behind a branch on the input's values."""
+class Parameters(nn.Module):
+    """One operator on `count` parameters."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(torch.randn(4) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return self.layers(x)
-        return -x
+        return torch.cat([x, *self.parts])
 
 
-class BertLayer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+class Tensors(nn.Module):
+    """The tensors that a transformers model returns, in a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.mixed = (nn.Linear(width, width) for _ in range(4))
-        self.attention_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        self.output_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(0.1)
+        self.model = model
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        mixed = self.mixed(attended.transpose(1, 2).flatten(-2))
-        x = self.attention_norm(x + self.dropout(mixed))
-        return self.output_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(*args, return_dict=False)
+        return tuple(t for t in out if isinstance(t, Tensor))
 
 
-class Bert(nn.Module):
-    """BERT's encoder: token ids and attention mask (batch, length) -> hidden states, pooled."""
+def mlp() -> nn.Module:
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(8)]
+    return nn.Sequential(*layers)
 
-    def __init__(self, width: int, depth: int, heads: int, vocabulary: int, length: int) -> None:
-        super().__init__()
-        self.words = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(length, width)
-        self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(0.1)
-        self.layers = nn.ModuleList(BertLayer(width, heads) for _ in range(depth))
-        self.pooler = nn.Linear(width, width)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        position = torch.arange(ids.shape[1], device=ids.device)
-        x = self.dropout(self.norm(self.words(ids) + self.positions(position)))
-        bias = (1.0 - mask[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
-        for layer in self.layers:
-            x = layer(x, bias)
-        return x, torch.tanh(self.pooler(x[:, 0]))
+def transformer(name: str, **config: Any) -> Callable[[], nn.Module]:
+    """A model of the transformers library, by its class and the arguments of its config."""
+
+    def make() -> nn.Module:
+        import transformers
+
+        cls = getattr(transformers, name)
+        return Tensors(cls(cls.config_class(**config)))
+
+    return make
+
+
+def ids(length: int, vocabulary: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randint(vocabulary, (1, length)),)
+
+
+def image(size: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(1, 3, size, size),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +97,37 @@ class Case:
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
+    large: bool = False
 
     def make(self) -> nn.Module:
         torch.manual_seed(0)
         return self.build().eval()
 
 
-def _bert_inputs() -> tuple[Tensor, Tensor]:
-    mask = torch.ones(1, 16, dtype=torch.long)
-    mask[:, 12:] = 0
-    return torch.randint(100, (1, 16)), mask
-
+WIDTH = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
 CASES: dict[str, Case] = {
-    "sub": Case(Sub, lambda: (torch.randn(2, 3), torch.randn(2, 3))),
-    "chain": Case(Chain, lambda: (torch.randn(64),)),
-    # Positive numbers: the branch of the guarded one always goes the same way.
-    "mlp": Case(lambda: Mlp(64, 8), lambda: (torch.rand(16, 64),)),
-    "mlp_guard": Case(lambda: GuardedMlp(64, 8), lambda: (torch.rand(16, 64),)),
-    "bert": Case(lambda: Bert(32, 2, 2, 100, 16), _bert_inputs),
+    "a - b": Case(Sub, lambda: (torch.randn(2, 3), torch.randn(2, 3))),
+    "chain of 20, 64": Case(Chain, lambda: (torch.randn(64),)),
+    "chain of 20, 1M": Case(Chain, lambda: (torch.randn(1_000_000),)),
+    "MLP, 8 layers": Case(mlp, lambda: (torch.rand(16, 64),)),
+    "BERT, 2 layers of 32": Case(
+        transformer("BertModel", vocab_size=99, max_position_embeddings=32, **WIDTH), ids(16, 99)
+    ),
+    "ViT, 2 layers of 32": Case(
+        transformer("ViTModel", image_size=32, patch_size=8, **WIDTH), image(32)
+    ),
+    "Llama, 2 layers of 32": Case(
+        transformer(
+            "LlamaModel", vocab_size=99, max_position_embeddings=32, use_cache=False, **WIDTH
+        ),
+        ids(16, 99),
+    ),
+    "BERT, 6 layers of 768": Case(
+        transformer("BertModel", num_hidden_layers=6), ids(128, 30522), large=True
+    ),
+    "ResNet-50, 224": Case(transformer("ResNetModel"), image(224), large=True),
+    "GPT-2, 6 layers": Case(
+        transformer("GPT2Model", n_layer=6, use_cache=False), ids(64, 50257), large=True
+    ),
 }
-
-GUARDED = {"mlp_guard": "mlp"}  # A case with a data guard -> the same without it.
