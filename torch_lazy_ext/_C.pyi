@@ -12,9 +12,16 @@ __all__: list[str] = [
     "Caller",
     "Checked",
     "Described",
+    "FrozenProgram",
+    "NativeProgram",
+    "OutputPlan",
     "Program",
+    "PythonProgram",
     "Recorder",
+    "Runnable",
+    "ScriptProgram",
     "Surroundings",
+    "Switch",
     "TensorMeta",
     "ValueRef",
     "Variant",
@@ -209,6 +216,56 @@ class Caller:
         """
     def __init__(self) -> None: ...
     def _set_variants(self, arg0: list[typing.Any]) -> None: ...
+
+class Runnable:
+    """
+    A graph in a form that runs.
+    """
+    def run(self, arg0: collections.abc.Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """
+        The graph's outputs for these inputs.
+        """
+
+class ScriptProgram(Runnable):
+    def __init__(self, arg0: torch._C.Graph) -> None: ...
+
+class Switch(Runnable):
+    target: Runnable
+    def __init__(self, arg0: Runnable) -> None: ...
+
+class OutputPlan:
+    def __init__(
+        self,
+        arg0: bool,
+        arg1: int,
+        arg2: tuple[collections.abc.Sequence[int], collections.abc.Sequence[int], int] | None,
+    ) -> None:
+        """
+        Where an output comes from; `view`: (sizes, strides, offset) of a view of that.
+        """
+
+class NativeProgram(Runnable):
+    def __init__(
+        self,
+        arg0: str,
+        arg1: collections.abc.Sequence[int],
+        arg2: collections.abc.Sequence[torch.Tensor],
+        arg3: int,
+        arg4: collections.abc.Sequence[OutputPlan],
+    ) -> None: ...
+
+class FrozenProgram(Runnable):
+    def __init__(
+        self,
+        arg0: Runnable,
+        arg1: collections.abc.Sequence[int],
+        arg2: collections.abc.Sequence[torch.Tensor],
+        arg3: collections.abc.Callable[..., typing.Any],
+    ) -> None: ...
+    def is_fresh(self, arg0: collections.abc.Sequence[torch.Tensor]) -> bool: ...
+
+class PythonProgram(Runnable):
+    def __init__(self, arg0: typing.Any) -> None: ...
 
 def capturing() -> bool: ...
 def is_capture_tensor(arg0: torch.Tensor) -> bool: ...
