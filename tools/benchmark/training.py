@@ -51,8 +51,8 @@ def resnet() -> nn.Module:
 
 
 TRAINED = {
-    "mlp": CASES["mlp"],
-    "bert": CASES["bert"],
+    "mlp": CASES["MLP, 8 layers"],
+    "bert": CASES["BERT, 2 layers of 32"],
     "resnet": Case(resnet, lambda: (torch.randn(2, 3, 16, 16),)),
 }
 
