@@ -18,14 +18,17 @@ from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx, config, freezing_utils
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.constant_folding import constant_fold, replace_node_with_constant
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
 from torch._inductor.freezing import convert_conv_weights_to_channels_last
 from torch._inductor.fx_passes.freezing_patterns import freezing_passes
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from torch_lazy_ext import _C
 
@@ -147,29 +150,47 @@ def compile(
     owners, plans = _outputs(module)
     if not owners:
         raise Unsuitable("nothing to compute")
-    with _settings(bool(frozen), threads), _tracing(module):
-        graph = _decomposed(module, owners)
-        layout_opt = _freeze(graph, frozen) if frozen else None
-        _keep_layouts(graph)
-        fakes = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
-        compiled = compile_fx.compile_fx_inner(
-            graph, fakes, cpp_wrapper=True, is_inference=True, layout_opt=layout_opt
-        )
+    try:
+        compiled = _compiled(module, owners, frozen, threads, _FROZEN_SETTINGS if frozen else {})
+    except InductorError as e:
+        if not frozen or "NoValidChoicesError" not in str(e):
+            raise
+        # Some product has no generated code: two activations, another dtype.
+        settings = {**_FROZEN_SETTINGS, "max_autotune_gemm_backends": "CPP,ATEN"}
+        compiled = _compiled(module, owners, frozen, threads, settings)
     call = compiled.current_callable
     count = len(module.graph.find_nodes(op="placeholder"))
+    kept = [i for i in range(count) if i not in frozen]
     program = _C.NativeProgram(
         _library_of(call),
-        [i for i in range(count) if i not in frozen],
-        _constants_of(call, len(fakes)),
+        kept,
+        _constants_of(call, len(kept)),
         len(owners),
         [_C.OutputPlan(*plan) for plan in plans],
     )
     return Compiled(module, program, plans)
 
 
+def _compiled(
+    module: fx.GraphModule,
+    owners: list[fx.Node],
+    frozen: dict[int, torch.Tensor],
+    threads: int,
+    settings: dict[str, Any],
+) -> Any:
+    with _configured(settings, threads), _tracing(module):
+        graph = _decomposed(module, owners)
+        layout_opt = _freeze(graph, frozen) if frozen else None
+        _keep_layouts(graph)
+        fakes = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+        return compile_fx.compile_fx_inner(
+            graph, fakes, cpp_wrapper=True, is_inference=True, layout_opt=layout_opt
+        )
+
+
 @contextlib.contextmanager
-def _settings(frozen: bool, threads: int) -> Iterator[None]:
-    settings = {**_SETTINGS, **(_FROZEN_SETTINGS if frozen else {}), "cpp.threads": threads}
+def _configured(settings: dict[str, Any], threads: int) -> Iterator[None]:
+    settings = {**_SETTINGS, **settings, "cpp.threads": threads}
     with (
         # torch.compile holds the same lock: Inductor compiles one thing at a time.
         compile_lock,
@@ -179,6 +200,9 @@ def _settings(frozen: bool, threads: int) -> Iterator[None]:
         unittest.mock.patch.object(
             compile_fx.dynamo_utils, "preserve_rng_state", contextlib.nullcontext
         ),
+        # Constants are arguments of the code. With their addresses in its comments, the library
+        # on disk would serve no other process.
+        unittest.mock.patch.object(CppWrapperCpu, "write_constant", lambda *_args: None),
     ):
         yield
 
@@ -193,6 +217,8 @@ def _tracing(module: fx.GraphModule) -> Iterator[None]:
         V.set_fake_mode(mode),
         tracing(TracingContext(mode)),
         unittest.mock.patch.object(mode, "allow_non_fake_inputs", True),
+        # All sizes are numbers; the cache on disk is there for graphs with this only.
+        unittest.mock.patch.object(mode, "shape_env", ShapeEnv()),
     ):
         yield
 

@@ -135,6 +135,17 @@ class Net(nn.Module):
         return self.linear(x) @ (self.scale * 2).t()
 
 
+class Products(nn.Module):
+    """Products that no generated code is offered for: of two activations, and of doubles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y).double() @ self.weight
+
+
 class Randoms(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         a = nn.functional.dropout(x, 0.5)
@@ -167,6 +178,7 @@ PROGRAMS: dict[str, tuple[Program, Callable[..., Any], dict[str, Any]]] = {
     "results": (Results, tensors((3,)), {}),
     "counter": (Counter, tensors((2, 3)), {}),
     "net": (lambda: Net().eval(), ids, {}),
+    "products": (Products, tensors((4, 4), (4, 4)), {}),
     "random": (Randoms, tensors((3, 3)), {"exact": True}),
     "nothing": (Nothing, tensors((3,)), {}),
 }
