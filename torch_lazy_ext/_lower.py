@@ -14,7 +14,7 @@ import torch
 
 from torch_lazy_ext import _C, _lift, _tree
 from torch_lazy_ext._errors import UnsupportedError
-from torch_lazy_ext._record import Recording
+from torch_lazy_ext._record import Recording, check_plain
 
 
 class SharedStorage(Exception):
@@ -44,12 +44,14 @@ class FromRoot:
         alias: not the object that the graph gives, for that is another result.
         requires_grad: a leaf that the program made so.
         parameter: it is an `nn.Parameter`.
+        inference: whether it is an inference tensor, where the mode of the call does not say so.
     """
 
     root: int
     alias: bool = False
     requires_grad: bool = False
     parameter: bool = False
+    inference: bool | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,7 +66,7 @@ class FromView:
 class FromStrided:
     """A view of the memory of a lifted tensor that shares its storage with others."""
 
-    index: int
+    member: FromLifted
     sizes: list[int]
     strides: list[int]
     offset: int
@@ -128,6 +130,7 @@ class Write:
         index: the lifted tensor.
         root: its new value, or None when only its metadata or version changed.
         bumps: how often eager would have bumped its version counter.
+        storage: the identity of its storage in the recording.
         meta: sizes, strides and storage offset relative to the old one, when they change.
         source: what replaces its storage (`Tensor.set_`).
         differentiable: autograd follows the write.
@@ -136,6 +139,7 @@ class Write:
     index: int
     root: int | None
     bumps: int
+    storage: int
     meta: tuple[list[int], list[int], int] | None = None
     source: Source | None = None
     differentiable: bool = False
@@ -217,6 +221,7 @@ class Lowered:
         gradients: (lifted index of a leaf, source): assignments to `tensor.grad`.
         required: (lifted index, whether): assignments to `tensor.requires_grad`.
         spent: (root, error): results whose backward has run; another one raises the error.
+        makes_generators: whether it draws from generators of its own: one run at a time.
     """
 
     graph: torch._C.Graph
@@ -234,6 +239,7 @@ class Lowered:
     spent: list[tuple[int, str]]
     guards: list[ValueGuard]
     generators: list[torch.Generator]
+    makes_generators: bool
     uses_storage_offset: bool
     backward: Backward | None
 
@@ -283,7 +289,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         if not seen or grad is not before:
             gradients.append((index, sources.of(grad)))
     lifted = recorder.lifted()
-    _check_generators(recorder, recording, state)
+    _check_generators(recording)
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
     for write in writes:
         if write.differentiable:
@@ -323,7 +329,9 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         spent=spent,
         guards=guards,
         generators=recorder.generators(),
-        uses_storage_offset=graph.findNode("aten::as_strided") is not None,
+        makes_generators=bool(recording.generators.made),
+        uses_storage_offset=recorder.reads_offset
+        or graph.findNode("aten::as_strided") is not None,
         backward=backward,
     )
 
@@ -537,16 +545,11 @@ def _write(
         return []
     about = recorder.describe(twin)
     if about.storage_changed:
-        if about.mutated:
-            raise UnsupportedError(
-                "the program gives a tensor the memory of another one (Tensor.set_) and writes to "
-                "it: use the other tensor"
-            )
-        return [Write(index, None, about.version, source=sources.memory_of(twin))]
+        return [Write(index, None, about.version, about.storage, source=sources.memory_of(twin))]
     meta = None
     # Without such a mutation, other strides are functionalization's: an out-of-place
     # operator gives a dense tensor in the place of a strided one.
-    if about.metadata_mutated or twin.shape != tensor.shape:
+    if id(twin) not in sources.assigned and (about.metadata_mutated or twin.shape != tensor.shape):
         offset = twin.storage_offset() - tensor.storage_offset()
         meta = (list(twin.shape), list(twin.stride()), offset)
     if about.mutated and torch._debug_has_internal_overlap(tensor) == 1:
@@ -564,10 +567,17 @@ def _write(
         )
     if about.mutated and base in (-1, index):
         return [
-            Write(index, roots.add(about.value), about.version, meta, differentiable=differentiable)
+            Write(
+                index,
+                roots.add(about.value),
+                about.version,
+                about.storage,
+                meta,
+                differentiable=differentiable,
+            )
         ]
     if about.version or meta is not None:
-        return [Write(index, None, about.version, meta)]
+        return [Write(index, None, about.version, about.storage, meta)]
     return []
 
 
@@ -580,14 +590,11 @@ def _has_own_history(twin: torch.Tensor, source: torch.Tensor | None) -> bool:
     return source is None or getattr(following[0], "variable", None) is not source
 
 
-def _check_generators(recorder: _C.Recorder, recording: Recording, state: _lift.State) -> None:
-    """A generator that the program makes itself would go on where the last call left it."""
-    values = recording.leaves + [value for _slot, value in state.values]
-    known = [v for v in values if isinstance(v, torch.Generator)]
-    if not recorder.draws_only_from([torch.default_generator, *known]):
+def _check_generators(recording: Recording) -> None:
+    if not recording.recorder.draws_only_from(recording.generators.known()):
         raise UnsupportedError(
-            "the program draws from a torch.Generator that it makes itself: make it before the "
-            "capture, and pass it or keep it in an attribute"
+            "the program draws from a torch.Generator that a replay cannot find again: pass it, "
+            "keep it in an attribute, or make it in the program by the name torch.Generator"
         )
 
 
@@ -605,10 +612,33 @@ def _check_sharing(
     for write in writes:
         tensor = lifted[write.index][0]
         others = storages.get(tensor.untyped_storage().data_ptr(), [])
-        if write.root is not None and len(others) > 1:
+        if write.root is None or lifted[write.index][3] >= 0:
+            continue
+        # What lies beside the tensor in its storage is none of the graph's values.
+        beside = recorder.reads_offset and tensor.nbytes != tensor.untyped_storage().nbytes()
+        if len(others) > 1 or beside:
             again.extend(lifted[i][0] for i in others)
     if again:
         raise SharedStorage(again)
+
+
+def _one_version(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share a version counter, as views do; `x.data` has one of its own."""
+    if a is b or a.is_inference() or b.is_inference():
+        return True
+    before, other = a._version, b._version
+    if before != other:
+        return False
+    torch._C._autograd._unsafe_set_version_counter((a,), (before + 1,))
+    moved = b._version != other
+    torch._C._autograd._unsafe_set_version_counter((a,), (before,))
+    return moved
+
+
+def _inference(leaf: torch.Tensor) -> bool | None:
+    """Whether a result is an inference tensor; None when all made in the mode of now are alike."""
+    made = leaf.is_inference()
+    return None if made == torch.is_inference_mode_enabled() else made
 
 
 class _Sources:
@@ -619,12 +649,13 @@ class _Sources:
         self.state = state
         self.roots = roots
         self.arguments = {id(c): i for i, c in enumerate(recording.containers)}
+        self._generators = recording.generators
         self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
         self.differentiable: list[tuple[FromRoot, torch.Tensor]] = []
         self.lifted = {}  # id of a lifted tensor or its twin -> its index
         for i, (tensor, twin, _constant, _base) in enumerate(self.recorder.lifted()):
             self.lifted[id(tensor)] = self.lifted[id(twin)] = i
-        self._assigned = {id(tensor) for tensor, _value in recording.assigned}
+        self.assigned = {id(tensor) for tensor, _value in recording.assigned}
         self._sharing: dict[int, int] = {}
         self._objects: set[int] = set()  # roots that are a result already
         everything = [recording.result, list(recording.refilled.values())]
@@ -663,6 +694,8 @@ class _Sources:
             return source
         if id(value) in self.arguments:
             return FromArgument(self.arguments[id(value)])
+        if isinstance(value, torch._C.Generator):
+            return self._generator(value)
         if self.state.knows(value):
             return Constant(value)
         if _tree.parts(value) is not None:
@@ -670,6 +703,15 @@ class _Sources:
         if isinstance(value, (set, bytearray)) or type(value).__module__ == "numpy":
             return Copied(copy.copy(value))
         return Constant(value)
+
+    def _generator(self, value: torch.Generator) -> Source:
+        generator = self._generators.real(value)
+        if any(generator is made for made in self._generators.made):
+            raise UnsupportedError(
+                "the program returns or keeps a torch.Generator that it makes: make it before the "
+                "capture"
+            )
+        return Constant(generator)
 
     def build(self, value: Any) -> Built:
         """The source of a container as a new object, whatever it was before."""
@@ -682,9 +724,11 @@ class _Sources:
         return built
 
     def _tensor(self, leaf: torch.Tensor) -> Source:
-        if id(leaf) in self._assigned and id(leaf) in self.lifted:
+        if id(leaf) in self.assigned and id(leaf) in self.lifted:
             return FromLifted(self.lifted[id(leaf)])
         about = self.recorder.describe(leaf)
+        if about.captured:
+            check_plain(leaf, "a result")
         if not about.captured:
             if not self.recorder.is_liftable(leaf):
                 return Constant(leaf)
@@ -706,31 +750,38 @@ class _Sources:
                 return FromConstant(base, about.views)
         elif base >= 0 and lifted[base][3] == base and not leaf.is_conj() and not leaf.is_neg():
             # Of a member, not of the storage as a whole: so it shares the version counter.
-            for i, (tensor, _twin, _constant, group) in enumerate(lifted):
+            for i, (tensor, twin, _constant, group) in enumerate(lifted):
                 if group == base and i != base and tensor.dtype == leaf.dtype:
+                    member = FromLifted(i, alias=not _one_version(leaf, twin))
                     return FromStrided(
-                        i, list(leaf.shape), list(leaf.stride()), leaf.storage_offset()
+                        member, list(leaf.shape), list(leaf.stride()), leaf.storage_offset()
                     )
+            return FromView(FromLifted(base), about.views)
         elif base >= 0 and about.mutated:
             if not len(about.views):
                 return FromLifted(base, alias=True)
-            return FromView(FromLifted(base), about.views)
+            alias = not _one_version(leaf, lifted[base][1])
+            return FromView(FromLifted(base, alias), about.views)
         differentiable = leaf.requires_grad and leaf.grad_fn is not None
         if differentiable and base >= 0 and not lifted[base][2] and len(about.views):
             # Eager's own view of the user's tensor, with eager's gradient.
             return FromView(FromLifted(base), about.views)
         if about.mutated and self._sharing.get(about.storage, 0) > 1 and not differentiable:
             root = self.roots.add(recorder.base_value(leaf))
-            return FromView(FromRoot(root), about.views)
+            return FromView(FromRoot(root, inference=_inference(leaf)), about.views)
         root = self.roots.add(about.value)
         # `y.data` is another tensor object over the same value.
         alias = root in self._objects or recorder.is_input(about.value)
+        of_input = base >= 0 and not lifted[base][2]
+        if of_input:
+            alias = alias or not _one_version(leaf, lifted[base][1])
         self._objects.add(root)
         source = FromRoot(
             root,
             alias,
             requires_grad=leaf.requires_grad and leaf.is_leaf and not leaf._is_view(),
             parameter=isinstance(leaf, torch.nn.Parameter),
+            inference=None if of_input else _inference(leaf),
         )
         if differentiable:
             self.differentiable.append((source, leaf))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _lift, _tree
+from torch_lazy_ext import _C, _generators, _lift, _tree
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
 
 _C.set_unsupported_error(UnsupportedError)
@@ -39,6 +39,7 @@ class Capture:
             whether the program saw that one (not if it only set another).
         required: id of a tensor -> the tensor, for those whose `requires_grad` the program set.
         ran_backward: whether the program called `backward()`.
+        generators: the generators that the program was given or made.
     """
 
     _lock = threading.Lock()
@@ -53,6 +54,8 @@ class Capture:
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
         self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, numbers drawn so far
         self._furthest = 0  # how many were drawn before the state was put back
+        self.generators = _generators.Generators(recorder)
+        self._resumed = False
 
     def __enter__(self) -> Capture:
         self._begin()
@@ -66,9 +69,11 @@ class Capture:
     def resume(self, fn: Callable[[], Any]) -> Any:
         """Call `fn` after the program has ended, as a part of it."""
         self._begin()
+        self._resumed = True
         try:
             return self.recorder.resumed(fn)
         finally:
+            self._resumed = False
             self._end()
 
     def _begin(self) -> None:
@@ -93,6 +98,8 @@ class Capture:
     def lift_argument(self, tensor: torch.Tensor) -> torch.Tensor:
         """The twin of an argument: the program is given no other tensor."""
         twin = self.recorder.lift(tensor)
+        if isinstance(tensor, torch.nn.Parameter):
+            twin.__class__ = torch.nn.Parameter
         self._arguments[id(twin)] = tensor
         return twin
 
@@ -139,19 +146,29 @@ class Capture:
             for v in data
         ]
 
-    def get_rng_state(self, func: Any, *args: Any) -> torch.Tensor:
-        state = func(*args)
+    def get_rng_state(self, func: Any) -> torch.Tensor:
+        if self._resumed:
+            state = func()
+        else:
+            state = self.generators.get_state(torch.default_generator)
         self._rng_states.append((state, self.recorder.random_position()))
         return state
 
-    def set_rng_state(self, func: Any, state: torch.Tensor, *args: Any) -> None:
-        # Back to where it was (`torch.utils.checkpoint`): the same numbers come again.
+    def set_rng_state(self, func: Any, new_state: torch.Tensor) -> None:
+        if not self._resumed:
+            self.generators.set_state(torch.default_generator, new_state)
+            return
+        # In a backward of its own, back to where it was (`torch.utils.checkpoint`): the same
+        # numbers come again.
         for known, position in self._rng_states:
-            if state is known:
+            if new_state is known:
                 self._furthest = max(self._furthest, self.recorder.random_position())
                 self.recorder.seek(position)
                 return
-        self.seed(func)
+        raise UnsupportedError(
+            "a backward sets the state of the random number generator to one that is not of its "
+            "forward: draw from a torch.Generator that is an argument"
+        )
 
     def check_random_position(self) -> None:
         if self.recorder.random_position() < self._furthest:
@@ -166,12 +183,22 @@ class Capture:
         twins = [self.recorder.twin_of(a) if self.owns(a) else a for a in args]
         return func(cls, *twins, **kwargs)
 
-    def seed(self, func: Any, *args: Any) -> Any:
-        raise UnsupportedError(
-            f"the program sets or reads the state of the random number generator "
-            f"(torch.{func.__name__}): "
-            "seed before the call, or draw from a torch.Generator that is an argument"
-        )
+    def manual_seed(self, func: Any, seed: Any) -> torch.Generator:
+        self.generators.manual_seed(torch.default_generator, int(seed))
+        return torch.default_generator
+
+    def initial_seed(self, func: Any) -> int:
+        return self.generators.initial_seed(torch.default_generator)
+
+    def seed(self, func: Any) -> int:
+        raise _generators.unrepeatable("torch.seed")
+
+    def cond(self, func: Any, pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
+        # What it does in the end; compiling the branches is nothing that a graph could hold.
+        return (true_fn if pred else false_fn)(*operands)
+
+    def functionalize(self, func: Any, function: Any, *, remove: str = "mutations") -> Any:
+        return function  # a capture is functional, and gives the same results
 
     def get_data(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         # The getter itself: memory shared, a version counter of its own.
@@ -181,11 +208,14 @@ class Capture:
         twin = self.recorder.twin_of(tensor)
         new = self.recorder.twin_of(value)
         if (new.shape, new.dtype, new.stride()) != (twin.shape, twin.dtype, twin.stride()):
-            raise UnsupportedError(
-                f"an assignment to `.data` changes a tensor of shape {tuple(twin.shape)} and type "
-                f"{twin.dtype} to {tuple(new.shape)} and {new.dtype} during the capture: convert "
-                "the module before the capture"
-            )
+            if not _C.is_capture_tensor(tensor):
+                raise UnsupportedError(
+                    f"an assignment to `.data` changes a tensor of shape {tuple(twin.shape)} and "
+                    f"type {twin.dtype} to {tuple(new.shape)} and {new.dtype} during the capture: "
+                    "convert the module before the capture"
+                )
+            # What the program holds is the twin: that one can change.
+            func(tensor, new.detach())
         old_about, new_about = self.recorder.describe(twin), self.recorder.describe(new)
         if old_about.storage == new_about.storage and old_about.value == new_about.value:
             return  # what `module.to()` does to a module that is there already
@@ -274,6 +304,10 @@ class Capture:
             self.required[id(user)] = user
         return tensor
 
+    def storage_offset(self, func: Any, tensor: torch.Tensor) -> int:
+        self.recorder.reads_offset = True
+        return func(self.recorder.twin_of(tensor))
+
     def deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
         if id(tensor) not in memo:
             copy = self.recorder.twin_of(tensor).detach().clone()
@@ -315,6 +349,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "__format__": Capture.format,
     "requires_grad_": Capture.requires_grad_,
     "__deepcopy__": Capture.deepcopy,
+    "storage_offset": Capture.storage_offset,
     "apply_": Capture.refuse,
     "map_": Capture.refuse,
     "map2_": Capture.refuse,
@@ -338,9 +373,9 @@ _FROM_DATA = [
     (torch.Tensor, "new_tensor"),
 ]
 _GENERATOR = {
-    "manual_seed": Capture.seed,
+    "manual_seed": Capture.manual_seed,
     "seed": Capture.seed,
-    "initial_seed": Capture.seed,
+    "initial_seed": Capture.initial_seed,
     "get_rng_state": Capture.get_rng_state,
     "set_rng_state": Capture.set_rng_state,
 }
@@ -390,6 +425,21 @@ def _function(original: Any, handler: Callable[..., Any]) -> Any:
     return function
 
 
+class _MakesGenerators(type(torch._C.Generator)):  # type: ignore[misc]
+    def __call__(cls, *args: Any, **kwargs: Any) -> torch.Generator:
+        capture = getattr(_running, "capture", None)
+        if capture is None:
+            return torch._C.Generator(*args, **kwargs)
+        return capture.generators.make(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, torch._C.Generator)
+
+
+class _Generator(torch._C.Generator, metaclass=_MakesGenerators):
+    """`torch.Generator` while a program is captured."""
+
+
 def _install() -> None:
     def replace(owner: Any, name: str, new: Any) -> None:
         _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
@@ -403,6 +453,9 @@ def _install() -> None:
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
         replace(torch, name, function)
+    replace(torch, "Generator", _Generator)
+    replace(torch, "cond", _function(torch.cond, Capture.cond))
+    replace(torch.func, "functionalize", _function(torch.func.functionalize, Capture.functionalize))
     for owner in (torch.nn.Module, torch.optim.Optimizer):
         replace(owner, "zero_grad", _function(owner.zero_grad, Capture.zero_grad))
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
@@ -432,7 +485,7 @@ class Recording:
     Attributes:
         recorder: the nodes, the lifted tensors and the guards.
         result: what the program returned.
-        leaves: the arguments that are no tensors.
+        generators: what the program was given or made.
         containers: the containers of the arguments as the program saw them.
         refilled: position in `containers` -> the container, for those the program changed.
         changes: what the program did to its state; taken back already.
@@ -447,8 +500,8 @@ class Recording:
         self.recorder = capture.recorder
         self._capture = capture
         self._state = state
+        self.generators = capture.generators
         self.result: Any = None
-        self.leaves: list[Any] = []
         self.containers: list[Any] = []
         self.refilled: dict[int, Any] = {}
         self.changes: list[_lift.Change] = []
@@ -524,13 +577,8 @@ def record(
 
     def twin(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
-            recording.leaves.append(leaf)
-            return leaf
-        if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
-            raise UnsupportedError(
-                f"an argument is a {type(leaf).__name__}, a subclass of torch.Tensor with a "
-                "behaviour of its own: pass plain tensors"
-            )
+            return capture.generators.given(leaf)
+        check_plain(leaf, "an argument")
         if not recorder.is_liftable(leaf):
             raise UnsupportedError(
                 f"an argument is {_C.unsupported_kind(leaf) or 'a tensor of another capture'}, "
@@ -545,7 +593,7 @@ def record(
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     foreign = _foreign_random_states()
     try:
-        with capture:
+        with capture.generators.in_place_of(state), capture:
             recording.result = fn(*own_args, **own_kwargs)
         _check_foreign_random(foreign)
     except BaseException:
@@ -556,6 +604,9 @@ def record(
         moved = [(t, grad) for t, grad in leaves if t.grad is not grad]
         for tensor, grad in moved:
             tensor.grad = grad
+    for user, _twin, constant, _base in recorder.lifted():
+        if not constant:
+            check_plain(user, "a tensor that the program uses")
     strays = [
         twin
         for user, twin, constant, _base in recorder.lifted()
@@ -631,6 +682,15 @@ def _check_foreign_random(before: list[tuple[str, Callable[..., None], Any, Any]
         raise UnsupportedError(
             f"the program draws numbers from {drawn[0]}, which a replay would not draw again: draw "
             "them with torch, or before the call, and pass them"
+        )
+
+
+def check_plain(tensor: torch.Tensor, what: str) -> None:
+    """Raise UnsupportedError for an instance of a subclass of torch.Tensor."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise UnsupportedError(
+            f"{what} is a {type(tensor).__name__}, a subclass of torch.Tensor with a behaviour of "
+            "its own: use plain tensors, and wrap them outside of the program"
         )
 
 

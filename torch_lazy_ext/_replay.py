@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import functools
 import threading
@@ -17,6 +18,8 @@ from torch_lazy_ext import _C, _compile, _fx, _gradients, _lift, _lower, _record
 from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 
 GUARD_FAILURE = ("recapture", "eager", "error")
+OTHER_WAY = "the data took a way that no variant took"
+UNINITIALIZED = "the program has uninitialized parameters, which its first call initializes eagerly"
 
 
 class _Mismatch(Exception):
@@ -24,12 +27,20 @@ class _Mismatch(Exception):
 
     Attributes:
         observed: values of the first guards, up to and with the one that failed; None when the
-            graph itself raised.
+            graph itself did not come to an end.
+        reason: what happened, for people.
     """
 
-    def __init__(self, observed: list[torch.Tensor] | None) -> None:
-        super().__init__()
+    def __init__(
+        self, observed: list[torch.Tensor] | None, reason: str = "the data differs"
+    ) -> None:
+        super().__init__(reason)
         self.observed = observed
+        self.reason = reason
+
+
+class _Uninitialized(Exception):
+    """The program has parameters whose shapes its first call decides (`nn.LazyLinear`)."""
 
 
 class _Learned(Exception):
@@ -111,12 +122,20 @@ class Specialization(_C.Variant):
         self._set_surroundings(surroundings, torch.get_default_device() if modes else None)
         opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
         state = _lift.State(fn, *opaque)
+        tensors = [t for t, _slots in state.tensors.values()]
+        tensors += [leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor)]
+        if any(map(nn.parameter.is_lazy, tensors)):
+            raise _Uninitialized
         recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts)
         self.graph = lowered.graph
         self._lowered = lowered
         self._compiler = compiler
         self._graph = _compile.Graph(lowered.graph, _weights(flat, lowered), _unsuitable(lowered))
-        self._program = compiler.start(self._graph)
+        self._program = (
+            _C.PythonProgram(_OneAtATime(lowered.graph))
+            if lowered.makes_generators
+            else compiler.start(self._graph)
+        )
         self._parameters = lowered.parameters
         self._generators = lowered.generators
         self._recorder: _C.Recorder | None = recorder  # until the first run
@@ -192,6 +211,9 @@ class Specialization(_C.Variant):
         lowered.leaves = []
         # Tensors lifted as views of one storage.
         for base, indices in members.items():
+            # The first one has the dtype in which the storage was lifted.
+            dtype = lowered.lifted[base][0].dtype
+            indices.sort(key=lambda i: lowered.lifted[i][0].dtype != dtype)
             offsets = [(i, lowered.lifted[i][0].storage_offset()) for i in indices]
             self._add_group(base, offsets, lowered.lifted[base][0].untyped_storage().nbytes())
         self._set_written([w.index for w in lowered.writes if w.root is not None])
@@ -243,16 +265,27 @@ class Specialization(_C.Variant):
         with self._first_run:
             recorder = self._recorder
             if recorder is not None:
-                given = recorder.input_values(self._lowered.parameters)
-                checked = recorder.run_checked(self._lowered.roots, 0, given, inputs)
+                lowered = self._lowered
+                try:
+                    given = recorder.input_values(lowered.parameters)
+                    checked = recorder.run_checked(lowered.roots, 0, given, inputs)
+                except ExtractionError:
+                    raise
+                except Exception as e:
+                    text = (str(e).strip().splitlines() or [type(e).__name__])[0]
+                    raise _Mismatch(None, f"{_operator(recorder)} raises: {text}") from e
                 if checked.learned:
                     raise _Learned
                 if not checked.complete:
-                    raise _Mismatch(None)
+                    raise _Mismatch(None, f"{_operator(recorder)} gives other shapes")
                 if self._backward is not None and not self._backward.check(
                     recorder, checked.values
                 ):
                     raise _Learned
+                for write in lowered.writes:
+                    write.bumps += checked.bumps.get(write.storage, 0)
+                if checked.bumps:
+                    self._set_up_native_finish(lowered)
                 self._compiler.finish(self._graph, self._program, inputs)
                 self._recorder = None
                 self._checked = True
@@ -302,12 +335,33 @@ class Specialization(_C.Variant):
         return result
 
 
+class _OneAtATime:
+    """A graph that draws from generators of its own."""
+
+    def __init__(self, graph: torch._C.Graph) -> None:
+        self._program = _C.Program(graph)
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        with self._lock:
+            return self._program.run(list(inputs))
+
+
+def _operator(recorder: _C.Recorder) -> str:
+    """The operator that a first run is at, with its line."""
+    if recorder.running < 0:
+        return "the graph"
+    name, _metas, where = recorder.node_info(recorder.running)
+    return f"{name} (at {where})" if where else name
+
+
 def _native_result(source: _lower.Source, seen: set[int]) -> tuple[Any, ...] | None:
     """A result as `csrc/call.h` makes it; None where only `_Results` can."""
     if isinstance(source, _lower.Constant):
         return ("constant", source.value)
     if isinstance(source, _lower.FromRoot):
         plain = not (source.alias or source.requires_grad or source.parameter)
+        plain = plain and source.inference is None
         return ("root", source.root) if plain else None
     if isinstance(source, _lower.FromLifted):
         return None if source.alias else ("lifted", source.index)
@@ -333,7 +387,7 @@ def _write_back(
     for write in writes:
         tensor = tensors[write.index]
         if write.source is not None:
-            tensor.set_(take(write.source))
+            _set_memory(tensor, take(write.source), write.source)
             continue
         if write.meta is not None:
             sizes, strides, moved = write.meta
@@ -350,6 +404,24 @@ def _write_back(
             tuple(tensors[w.index] for w in counted),
             tuple(v + w.bumps for v, w in zip(versions, counted)),
         )
+
+
+def _set_memory(tensor: torch.Tensor, value: torch.Tensor, source: _lower.Source) -> None:
+    """Tensor.set_: of nothing, no memory is kept."""
+    if value.numel() == 0 and isinstance(source, _lower.FromRoot):
+        value = value.new_empty(0).as_strided(value.shape, value.stride())
+    tensor.set_(value)
+
+
+def _in_mode(value: torch.Tensor, inference: bool) -> torch.Tensor:
+    """A tensor over the same memory that is an inference tensor, or none."""
+    if value.is_inference() == inference:
+        return value
+    with torch.inference_mode(inference):
+        made = torch.empty(0, dtype=value.dtype, device=value.device)
+        made.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+        made = torch._neg_view(made) if value.is_neg() else made
+        return made.conj() if value.is_conj() else made
 
 
 class _Results:
@@ -391,6 +463,8 @@ class _Results:
                 return nn.Parameter(value, source.requires_grad)
             if source.alias or source.requires_grad:
                 value = value.data
+            if source.inference is not None:
+                value = _in_mode(value, source.inference)
             return value.requires_grad_() if source.requires_grad else value
         if isinstance(source, _lower.FromLifted):
             tensor = self.tensors[source.index]
@@ -398,8 +472,7 @@ class _Results:
         if isinstance(source, _lower.FromView):
             return source.views.apply(self(source.base))
         if isinstance(source, _lower.FromStrided):
-            member = self.tensors[source.index]
-            return member.as_strided(source.sizes, source.strides, source.offset)
+            return self(source.member).as_strided(source.sizes, source.strides, source.offset)
         if isinstance(source, _lower.FromArgument):
             return self.containers[source.position]
         if isinstance(source, _lower.Copied):
@@ -424,13 +497,14 @@ def _capture(
         try:
             return recording.recorder, _lower.lower(recording, state)
         except _lower.SharedStorage as request:
-            if shared:
+            fresh = [t for t in request.tensors if not any(t is known for known in shared)]
+            if not fresh:
                 raise UnsupportedError(
                     "the program writes to memory that several of its tensors share without being "
                     "views of one tensor (such as two torch.from_numpy of one array): pass one of "
                     "them, and derive the others inside the program"
                 ) from None
-            shared = request.tensors
+            shared = shared + fresh
         finally:
             recording.recorder.release()
 
@@ -453,6 +527,11 @@ def _unsuitable(lowered: _lower.Lowered) -> str:
     """What TorchScript alone can run, and the graph itself does not show."""
     if not all(g.is_value for g in lowered.guards):
         return "sizes that depend on the data"
+    for node in lowered.graph.nodes():
+        if node.kind().startswith("torch_lazy_ext::torch_lazy_ext."):
+            return "a generator that the program seeds or reads"
+        if node.hasAttribute("default_dtype"):
+            return "operators under another default dtype"
     inputs = [lowered.lifted[i][0] for i in lowered.parameters]
     if any(t.is_conj() or t.is_neg() for t in inputs):
         return "inputs that are conjugated or negated views"
@@ -519,8 +598,14 @@ class CompiledGraph(_C.Caller):
         self._specializations: list[Specialization] = []  # most recently used first
         self._lock = threading.Lock()
         self._warned = False
+        self._eager_calls: collections.Counter[str] = collections.Counter()  # by reason
         if not isinstance(fn, nn.Module):
             functools.update_wrapper(self, fn, updated=())
+
+    def _extract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture on example arguments; with uninitialized parameters, a later call does."""
+        with contextlib.suppress(_Uninitialized):
+            self._capture(args, kwargs)
 
     def _capture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False
@@ -574,11 +659,28 @@ class CompiledGraph(_C.Caller):
             if self._on_guard_failure == "error":
                 raise GuardError(self._failure(failed[-1], observed))
             if self._on_guard_failure == "eager":
-                return self._fn(*args, **kwargs)
+                return self._eagerly(args, kwargs, OTHER_WAY)
             if matching >= self._limit:
                 self._warn(failed[-1], observed)
-                return self._fn(*args, **kwargs)
+                return self._eagerly(args, kwargs, OTHER_WAY)
         return self._capture_and_run(args, kwargs)
+
+    def _eagerly(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str, surprise: bool = False
+    ) -> Any:
+        """Run the program itself; `surprise`: nobody asked for that, so warn of the first one."""
+        result = self._fn(*args, **kwargs)  # or the program's own error
+        with self._lock:
+            if len(self._eager_calls) >= self._limit and reason not in self._eager_calls:
+                reason, surprise = "for other reasons", False
+            first = surprise and reason not in self._eager_calls
+            self._eager_calls[reason] += 1
+        if first:
+            warnings.warn(
+                f"a call ran eagerly, without a graph: {reason}. explain() counts such calls",
+                stacklevel=4,
+            )
+        return result
 
     def _capture_and_run(
         self,
@@ -591,10 +693,13 @@ class CompiledGraph(_C.Caller):
                 specialization = self._capture(args, kwargs, verify_layouts)
             except ExtractionError:
                 raise
-            except Exception:
+            except _Uninitialized:
+                return self._eagerly(args, kwargs, UNINITIALIZED)
+            except Exception as e:
                 # The program's own error, and nothing has happened yet: eager does what the
                 # program does before it raises, and raises.
-                return self._fn(*args, **kwargs)
+                reason = f"the capture raises {type(e).__name__}: {e}"
+                return self._eagerly(args, kwargs, reason, surprise=True)
             try:
                 call = specialization.match(args, kwargs)
                 assert call is not None, "a variant does not fit the call it was captured for"
@@ -602,13 +707,13 @@ class CompiledGraph(_C.Caller):
             except _Learned:
                 self._discard(specialization)
                 verify_layouts = True
-            except _Mismatch:
+            except _Mismatch as mismatch:
                 # The operators raise on this data: so does the program, in its own words.
                 self._discard(specialization)
-                return self._fn(*args, **kwargs)
+                return self._eagerly(args, kwargs, mismatch.reason, surprise=True)
         raise UnsupportedError(
             "an operator of the program gives other shapes or dtypes on each run than were "
-            "recorded (does the program change the default dtype?): keep that outside of it"
+            "recorded: keep it outside of the program"
         )
 
     def _discard(self, specialization: Specialization) -> None:
@@ -655,6 +760,11 @@ class CompiledGraph(_C.Caller):
             raise TypeError(f"{self._fn!r} is no nn.Module, and so its graph cannot be one")
         return ExtractedModule(self._fn, self)
 
+    def _latest(self) -> Specialization:
+        if not self._specializations:
+            raise ExtractionError(f"there is no graph yet: {UNINITIALIZED}")
+        return self._specializations[0]
+
     @property
     def specializations(self) -> list[Specialization]:
         """The captured variants, most recently used first."""
@@ -663,7 +773,7 @@ class CompiledGraph(_C.Caller):
     @property
     def graph(self) -> torch._C.Graph:
         """The TorchScript graph of the most recently used variant."""
-        return self._specializations[0].graph
+        return self._latest().graph
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -673,7 +783,7 @@ class CompiledGraph(_C.Caller):
         arguments, and the structure of its result, stand outside of it. `meta["val"]` of a node is
         a fake tensor, `meta["stack_trace"]` the user's line.
         """
-        return self._specializations[0].graph_module
+        return self._latest().graph_module
 
     def graph_text(self, *, source: bool = False) -> str:
         """The graph as text that is the same from run to run.
@@ -696,4 +806,6 @@ class CompiledGraph(_C.Caller):
                 f"{'' if s.backend == 'torchscript' else f', on {s.backend}'}"
             )
             lines += [f"  guard: {guard!r}" for guard in s.guards] or ["  no guards"]
+        for reason, count in self._eager_calls.items():
+            lines.append(f"{count} call{'s' * (count != 1)} ran eagerly: {reason}")
         return "\n".join(lines) + "\n"

@@ -51,5 +51,5 @@ def extract_compiled_graph(
     )
     if _C.capturing():
         return graph  # part of the program that is captured: its calls run inline
-    graph._capture(tuple(example_args), dict(example_kwargs or {}))
+    graph._extract(tuple(example_args), dict(example_kwargs or {}))
     return graph

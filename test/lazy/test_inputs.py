@@ -11,13 +11,15 @@ import torch
 from oracle import (
     Call,
     check,
-    expected_failures,
+    check_refused,
     makefunctiontest,
     maketest,
     random_tensor,
     tensors,
 )
 from torch import Tensor, nn
+
+from torch_lazy_ext import UnsupportedError
 
 
 class Point(NamedTuple):
@@ -542,6 +544,11 @@ def _mixed_up(a, b, c):
     return a, b + c
 
 
+@torch.library.custom_op("torch_lazy_ext_test_inputs::add_twice_", mutates_args=("x",))
+def add_twice_(x: Tensor, y: Tensor) -> None:
+    x.add_(y).add_(y)
+
+
 class PartialOverlapTest(unittest.TestCase):
     """Eager refuses operands that overlap in part; functionalized they would go through."""
 
@@ -561,6 +568,28 @@ class PartialOverlapTest(unittest.TestCase):
     test_expanded_intermediate = makefunctiontest(
         lambda x: (x + 1).expand(3, 4).add_(1), tensors((4,))
     )
+    # What shares a storage and no memory, and what eager reads before it writes.
+    test_every_other = makefunctiontest(lambda x: x[::2].add_(x[1::2]), tensors((8,)))
+    test_one_element = makefunctiontest(
+        lambda x: x.masked_fill_(x > 0, x[2]).index_fill_(0, torch.tensor([1]), x[0]), tensors((6,))
+    )
+    test_itself = makefunctiontest(
+        lambda x: (x.mul_(x), torch.add(x, x, out=x), x.copy_(x))[2], tensors((2, 3))
+    )
+
+    def test_computed_in_the_order_of_a_loop(self):
+        for program in (
+            lambda x: x.mul_(x[:1].expand(3, 3)),
+            lambda x: torch.mm(x, x, out=x),
+            lambda x: add_twice_(x[0], x[:, 0]),
+            lambda x: x[:1].expand(3, 3).index_put_((torch.tensor([0, 2]),), x[:2] + 1),
+        ):
+            check_refused(
+                lambda p=program: p,
+                tensors((3, 3)),
+                UnsupportedError,
+                r"memory.*test_inputs\.py:\d+.*: clone",
+            )
 
 
 class ManyAliasedArgumentsTest(unittest.TestCase):
@@ -762,32 +791,6 @@ class ErrorTest(unittest.TestCase):
         captures=None,
         exact=False,
     )
-
-
-# What is not as eager yet, with the reason; a test of these that passes fails the run.
-expected_failures(
-    {
-        "test_write_then_read_offset": "the storage offset that the program reads after an in-place operator is functionalization's",
-    }
-)(LayoutTest)
-expected_failures(
-    {
-        "test_at_capture": "eager refuses operands that overlap in part; functionalization computes with the values before",
-        "test_at_replay": "eager refuses operands that overlap in part; functionalization computes with the values before",
-        "test_intermediate": "eager refuses operands that overlap in part; functionalization computes with the values before",
-        "test_one_argument": "eager refuses operands that overlap in part; functionalization computes with the values before",
-    }
-)(PartialOverlapTest)
-expected_failures(
-    {
-        "test_complex_and_real": "functionalization refuses a write through a view of an as_strided of another dtype",
-    }
-)(ManyAliasedArgumentsTest)
-expected_failures(
-    {
-        "test_parameter_argument": "an argument that is a Parameter is a plain tensor to the program",
-    }
-)(RequiresGradTest)
 
 
 if __name__ == "__main__":

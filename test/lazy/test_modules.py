@@ -9,7 +9,7 @@ import unittest
 from typing import Any
 
 import torch
-from oracle import Call, check, expected_failures
+from oracle import Call, check
 from torch import nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 from torch.utils import _pytree as pytree
@@ -19,34 +19,28 @@ from torch_lazy_ext import extract_compiled_graph
 # Samples per module and mode: of a few modules there are hundreds.
 SAMPLES = 60 if os.environ.get("PYTORCH_TEST_WITH_SLOW") == "1" else 4
 
-# Modules that look at their data: their calls may take several variants.
-READS_DATA = {
+UNINITIALIZED = "its first call gives its parameters their shapes, eagerly"
+
+# Modules that look at their data, so that their calls may take several variants; and modules
+# whose first call runs eagerly.
+NOT_ONE_GRAPH = {
     "AdaptiveLogSoftmaxWithLoss": "selects the rows of each cluster",
     "BatchNorm1d": "with momentum=None divides by the number of batches so far",
     "BatchNorm2d": "with momentum=None divides by the number of batches so far",
     "BatchNorm3d": "with momentum=None divides by the number of batches so far",
     "CTCLoss": "lengths are read",
     "GaussianNLLLoss": "refuses negative variances",
-    "LazyBatchNorm": "becomes another module on its first call",
+    "LazyBatchNorm": UNINITIALIZED,
+    "LazyConv1d": UNINITIALIZED,
+    "LazyConv2d": UNINITIALIZED,
+    "LazyConv3d": UNINITIALIZED,
+    "LazyConvTranspose1d": UNINITIALIZED,
+    "LazyConvTranspose2d": UNINITIALIZED,
+    "LazyConvTranspose3d": UNINITIALIZED,
     "TransformerDecoderLayer": "detects causal masks",
     "TransformerEncoder": "detects causal masks",
     "TransformerEncoderLayer": "detects causal masks",
     "Transformer": "detects causal masks",
-}
-UNINITIALIZED = "a module with uninitialized parameters has to run once before the capture"
-EXPECTED_FAILURES: dict[str, str] = {  # name of the test -> reason
-    "test_nn_LazyConv1d_eval": UNINITIALIZED,
-    "test_nn_LazyConv1d_train": UNINITIALIZED,
-    "test_nn_LazyConv2d_eval": UNINITIALIZED,
-    "test_nn_LazyConv2d_train": UNINITIALIZED,
-    "test_nn_LazyConv3d_eval": UNINITIALIZED,
-    "test_nn_LazyConv3d_train": UNINITIALIZED,
-    "test_nn_LazyConvTranspose1d_eval": UNINITIALIZED,
-    "test_nn_LazyConvTranspose1d_train": UNINITIALIZED,
-    "test_nn_LazyConvTranspose2d_eval": UNINITIALIZED,
-    "test_nn_LazyConvTranspose2d_train": UNINITIALIZED,
-    "test_nn_LazyConvTranspose3d_eval": UNINITIALIZED,
-    "test_nn_LazyConvTranspose3d_train": UNINITIALIZED,
 }
 INFOS = {info.name: info for info in module_db}
 
@@ -118,7 +112,7 @@ def maketest(info: ModuleInfo, training: bool) -> Any:
                     case.make,
                     case.inputs,
                     exact=False,
-                    captures=None if info.module_cls.__name__ in READS_DATA else 1,
+                    captures=None if info.module_cls.__name__ in NOT_ONE_GRAPH else 1,
                 )
         if not ran:
             self.skipTest("no sample runs eagerly on CPU")
@@ -212,7 +206,6 @@ for _info in module_db:
         if hasattr(ModulesTest, _test_name):
             raise ValueError(f"two tests are called {_test_name}")
         setattr(ModulesTest, _test_name, _test)
-expected_failures(EXPECTED_FAILURES)(ModulesTest)
 
 
 class ModuleGradientsTest(unittest.TestCase):

@@ -455,25 +455,6 @@ class ModuleMutationTest(unittest.TestCase):
 # What is not as eager yet, with the reason; a test of these that passes fails the run.
 expected_failures(
     {
-        "test_write_expand_as_itself": "eager refuses operands that overlap in part; functionalization computes with the values before",
-    }
-)(ThroughViewTest)
-expected_failures(
-    {
-        "test_out_of_wrong_dtype": "refused by eager in other words, or computed where eager refuses to cast",
-    }
-)(OutTest)
-expected_failures(
-    {
-        "test_integer_by_float_is_refused": "refused by eager in other words, or computed where eager refuses to cast",
-    }
-)(MutatedKindsTest)
-expected_failures(
-    {
-        "test_data_of_other_shape": "a `.data` assignment that changes the shape is refused",
-        "test_set_source_view": "after Tensor.set_ the version counters and the size of the storage are not eager's",
-        "test_set_then_write": "writing to a tensor after Tensor.set_ is refused",
-        "test_set_to_empty": "after Tensor.set_ the version counters and the size of the storage are not eager's",
         "test_untyped_storage_resized": "the storage of a tensor cannot be reached while it is captured",
     }
 )(MetadataTest)

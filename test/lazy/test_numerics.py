@@ -8,7 +8,7 @@ import unittest
 from typing import Any
 
 import torch
-from oracle import expected_failures, makefunctiontest, maketest, random_tensor, tensors
+from oracle import makefunctiontest, maketest, random_tensor, tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -480,14 +480,6 @@ for _name, _program in LAYOUT_OPS.items():
         f"test_{_name}",
         makefunctiontest(_program, IMAGE, exact=False, captures=_captures),
     )
-
-
-# What is not as eager yet, with the reason; a test of these that passes fails the run.
-expected_failures(
-    {
-        "test_float64_default_dtype": "a program that changes the default dtype is refused at its first call",
-    }
-)(WrappedNumberTest)
 
 
 if __name__ == "__main__":

@@ -821,6 +821,25 @@ for _name, _program in FUNC.items():
 HERE = r"test_operators\.py:\d+"
 
 
+class Marked(Tensor):
+    """A subclass whose operators give the subclass."""
+
+
+class Wrapped(Tensor):
+    """A subclass with operators of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapped":
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = torch.utils._pytree.tree_map_only(Wrapped, lambda t: t.inner * 2, args)
+        return func(*args, **(kwargs or {}))
+
+
 class RefusedTest(unittest.TestCase):
     """What a graph cannot hold is an error that says so, with the line; a crash or a lie never."""
 
@@ -870,6 +889,14 @@ class RefusedTest(unittest.TestCase):
             "(?i)quantize|qint8",
         )
 
+    def test_subclass(self):
+        marked, wrapped = torch.ones(3).as_subclass(Marked), Wrapped(torch.ones(3))
+        self.refused(lambda x: x + 1, lambda: (torch.ones(3).as_subclass(Marked),), "Marked")
+        self.refused(lambda x: x + marked, tensors((3,)), "Marked")
+        self.refused(lambda x: x.as_subclass(Marked) * 2, tensors((3,)), "Marked")
+        self.refused(lambda x: x + 1, lambda: (Wrapped(torch.ones(3)),), "Wrapped")
+        self.refused(lambda x: x + wrapped, tensors((3,)), f"__torch_dispatch__.*{HERE}")
+
     def test_mkldnn_inside(self):
         self.refused(lambda x: x.to_mkldnn().to_dense(), tensors((2, 3)), f"(?i)mkldnn.*{HERE}")
 
@@ -892,34 +919,10 @@ class RefusedTest(unittest.TestCase):
 # What is not as eager yet, with the reason; a test of these that passes fails the run.
 expected_failures(
     {
-        "test_library_in_place": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_library_view": "views of custom operators are refused",
-        "test_mutating_argument": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_argument_without_result": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_buffer": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_list": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_optional": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_strided": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_twice_the_same": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_view": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-        "test_mutating_with_result": "the version counter moves once for a write by a custom operator, whose kernel moves it too",
-    }
-)(CustomOperatorTest)
-expected_failures(
-    {
-        "test_cond": "dynamo cannot trace inside a capture",
-        "test_functionalize": "functionalization inside of functionalization is an internal assertion of PyTorch",
-        "test_inference_mode_around": "results made in inference mode are no inference tensors",
-        "test_inference_mode_inside": "results made in inference mode are no inference tensors",
         "test_linearize": "tracing inside of the program is refused",
         "test_traced_module": "captured once more although nothing changed: the first run is with other values",
     }
 )(RegionTest)
-expected_failures(
-    {
-        "test_quantized_inside": "a quantized tensor between two operators of the program is not refused",
-    }
-)(RefusedTest)
 
 
 if __name__ == "__main__":

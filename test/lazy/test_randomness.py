@@ -2,6 +2,7 @@
 
 """Random numbers: after torch.manual_seed a replay draws what eager draws, and no more."""
 
+import concurrent.futures
 import random
 import unittest
 import warnings
@@ -265,6 +266,48 @@ class SeedingTest(unittest.TestCase):
                                               captures=None)  # fmt: skip
 
 
+def _state_returned(x):
+    before = torch.get_rng_state()
+    y = torch.rand(2)
+    return before, y, torch.get_rng_state().sum()
+
+
+def _state_written_by_hand(x):
+    state = torch.get_rng_state()
+    torch.rand(3)
+    torch.set_rng_state(state.clone())
+    return torch.rand(3)
+
+
+def _seeded_twice(x):
+    torch.manual_seed(3)
+    a = torch.rand(2)
+    torch.manual_seed(3)
+    b = torch.rand(2)
+    torch.manual_seed(-3)
+    return a, b, a - b, torch.initial_seed()
+
+
+for _program in (_state_returned, _state_written_by_hand, _seeded_twice):
+    setattr(SeedingTest, f"test{_program.__name__}", makefunctiontest(_program, X))
+
+
+class SeedingRefusedTest(unittest.TestCase):
+    def test_refused(self):
+        in_a_tuple = (torch.Generator(),)
+        for program, pattern in (
+            (lambda x: torch.rand(torch.seed() % 2 + 1), "torch.seed"),
+            (lambda x: torch.default_generator.manual_seed(3) and x + 1, "manual_seed"),
+            (lambda x: torch.Generator().manual_seed(3), "returns or keeps a torch.Generator"),
+            (lambda x, g=in_a_tuple: torch.rand(2, generator=g[0].manual_seed(1)), "by a way"),
+        ):  # fmt: skip
+            with self.subTest(pattern):
+                check_refused(lambda p=program: p, X, UnsupportedError, pattern)
+
+    def test_a_wrong_seed_is_eagers_error(self):
+        check(lambda: lambda x, s: torch.manual_seed(s), lambda: (torch.ones(2), 2**70))
+
+
 class OwnGenerator(nn.Module):
     def __init__(self, draw: Any) -> None:
         super().__init__()
@@ -291,6 +334,13 @@ GENERATOR = {
     ),
     "unused": lambda x, g: (torch.rand(2, generator=g), x)[1],
     "seeded_inside": lambda x, g: torch.rand(3, generator=g.manual_seed(9)),
+    "two_made_inside": lambda x, g: (lambda a, b: (
+        torch.rand(2, generator=a), torch.rand(2, generator=b), torch.rand(2, generator=a)
+    ))(torch.Generator(), torch.Generator().manual_seed(7)),
+    "state_moved": lambda x, g: (
+        torch.rand(2, generator=g.set_state(torch.Generator().manual_seed(3).get_state())),
+        g.initial_seed(),
+    ),
     "made_inside": lambda x, g: torch.rand(3, generator=torch.Generator().manual_seed(4)),
     "default_generator": lambda x, g: torch.rand(3, generator=torch.default_generator),
 }  # fmt: skip
@@ -327,6 +377,20 @@ class GeneratorTest(unittest.TestCase):
 
 for _name, _draw in GENERATOR.items():
     setattr(GeneratorTest, f"test_{_name}", maketest(lambda d=_draw: OwnGenerator(d), X))
+
+    def test_made_inside_in_threads(self):
+        """A generator that the program makes is each call's own."""
+
+        def program(n):
+            generator = torch.Generator().manual_seed(1)
+            return torch.cat([torch.rand(1000, generator=generator) for _ in range(n)])
+
+        graph = extract_compiled_graph(program, (20,))
+        graph(20)
+        expected = program(20)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for result in pool.map(lambda _: graph(20), range(40)):
+                self.assertTrue(torch.equal(result, expected))
 
 
 class ModuleRandomnessTest(unittest.TestCase):
@@ -529,22 +593,6 @@ expected_failures(
         "test_random_value_read": "each random number that the program reads is a variant of its own",
     }
 )(OrderTest)
-expected_failures(
-    {
-        "test_forked_and_seeded_inside": "a program that seeds or reads the generator is refused",
-        "test_forked_inside": "a program that seeds or reads the generator is refused",
-        "test_initial_seed_read": "a program that seeds or reads the generator is refused",
-        "test_seeded_inside": "a program that seeds or reads the generator is refused",
-        "test_seeded_inside_late": "a program that seeds or reads the generator is refused",
-        "test_state_restored_inside": "a program that seeds or reads the generator is refused",
-    }
-)(SeedingTest)
-expected_failures(
-    {
-        "test_made_inside": "a generator that the program makes is refused",
-        "test_seeded_inside": "a program that seeds or reads the generator is refused",
-    }
-)(GeneratorTest)
 
 
 if __name__ == "__main__":

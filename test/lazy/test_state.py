@@ -965,12 +965,6 @@ expected_failures(
         "test_dict_replaced": "captured more often than necessary: containers count by identity",
     }
 )(OutsideChangeTest)
-expected_failures({})(InsideChangeTest)
-expected_failures(
-    {
-        "test_lazy_linear": "a module with uninitialized parameters has to run once before the capture",
-    }
-)(StructureTest)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // Stage "record": the two boxed fallbacks through which every operator of a capture goes.
 #include "record.h"
+#include "rehearse.h"
 
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
@@ -160,6 +161,42 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     return answer(std::get<0>(at::max_pool1d_with_indices(
         at(0).toTensor(), list(1), list(2), list(3), list(4), at(5).toBool())));
   }
+  if (name == "aten::as_strided" && fi::isFunctionalTensor(at(0).toTensor())) {
+    recorder.reads_offset = true;
+    const at::Tensor self = at(0).toTensor();
+    const at::Tensor whole = recorder.whole_storage_of(self);
+    if (!whole.defined() || whole.is_same(self) || self.requires_grad()) {
+      return false;
+    }
+    // Counted from the begin of the storage, whatever the tensor is.
+    const int64_t offset = at(3).isNone() ? self.storage_offset() : at(3).toInt();
+    return answer(at::as_strided(whole, at(1).toIntVector(), at(2).toIntVector(), offset));
+  }
+  if (name == "aten::set_" && op.schema().overload_name().empty()) {
+    const at::Tensor self = at(0).toTensor();
+    return answer(self.set_(at::empty({0}, self.options())));
+  }
+  if (name == "aten::expand") {
+    // The way back from a view through `expand` is a sum, which rounds: where nothing is
+    // repeated there is another one.
+    const at::Tensor self = at(0).toTensor();
+    const std::vector<int64_t> sizes = at(1).toIntVector();
+    if (static_cast<int64_t>(sizes.size()) < self.dim()) {
+      return false; // an error
+    }
+    const size_t fresh = sizes.size() - self.dim();
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      const int64_t before = d < fresh ? 1 : self.size(static_cast<int64_t>(d - fresh));
+      if (sizes[d] != before && !(sizes[d] == -1 && d >= fresh)) {
+        return false;
+      }
+    }
+    at::Tensor view = fresh == 0 ? at::alias(self) : self;
+    for (size_t d = 0; d < fresh; ++d) {
+      view = view.unsqueeze(0);
+    }
+    return answer(view);
+  }
   if (name == "aten::is_nonzero" && at(0).toTensor().numel() == 1) {
     // What a branch looks at is the answer, not the number.
     return answer(at::ne(at(0).toTensor(), 0).item().toBool());
@@ -235,14 +272,28 @@ bool has_no_functional_variant(const c10::OperatorHandle& op) {
       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
 }
 
+uint32_t version_of(const at::Tensor& t) {
+  return t.is_inference() ? 0 : static_cast<uint32_t>(t._version());
+}
+
+uintptr_t storage_of(const at::Tensor& t) {
+  return reinterpret_cast<uintptr_t>(
+      fi::unsafeGetFunctionalWrapper(t)->unsafe_storage().unsafeGetStorageImpl());
+}
+
 // A functional tensor that an operator writes to.
 struct Written {
   at::Tensor tensor;
   at::Tensor before; // the value inside
   uint32_t version; // its version counter before
+  size_t position; // among all tensors that the operator writes to
 };
 
-std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
+std::vector<Written> written_to(
+    Recorder& recorder,
+    const c10::OperatorHandle& op,
+    const Stack& stack,
+    size_t begin) {
   std::vector<Written> out;
   const c10::FunctionSchema& schema = op.schema();
   if (!schema.is_mutable() || op.hasTag(at::Tag::inplace_view)) {
@@ -250,14 +301,22 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
   }
   // These write to overlapping memory, as documented; all others refuse.
   const bool may_overlap = schema.name().find("index_put") != std::string::npos;
+  size_t position = 0;
   auto add = [&](const at::Tensor& t) {
     if (t.defined() && !may_overlap) {
       at::assert_no_internal_overlap(t.unsafeGetTensorImpl());
+    } else if (t.defined() && at::has_internal_overlap(t.unsafeGetTensorImpl()) == at::MemOverlap::Yes) {
+      throw Unsupported(c10::str(
+          schema.operator_name(),
+          " writes to several elements of one memory location (at ",
+          recorder.describe(recorder.current_source()),
+          "): clone the tensor before"));
     }
-    if (t.defined() && fi::isFunctionalTensor(t) && !t.is_inference()) {
+    if (t.defined() && fi::isFunctionalTensor(t)) {
       fi::sync(t);
-      out.push_back({t, fi::from_functional_tensor(t), static_cast<uint32_t>(t._version())});
+      out.push_back({t, fi::from_functional_tensor(t), version_of(t), position});
     }
+    ++position;
   };
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
@@ -298,26 +357,6 @@ void restore_strides(const Written& w) {
   fi::sync(w.tensor);
 }
 
-// Functionalization casts the result of the out-of-place operator; eager refuses to put
-// a float into an integer tensor. The in-place operator on meta tensors tells.
-void check_in_place(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
-  Stack metas(stack.begin() + static_cast<int64_t>(begin), stack.end());
-  map_tensors(&metas, 0, metas.size(), [](const at::Tensor& t) {
-    return is_captured(t) ? TensorMeta::of(t).make_meta_tensor() : t;
-  });
-  StandaloneGuard alone;
-  try {
-    op.callBoxed(&metas);
-  } catch (const c10::NotImplementedError&) {
-    // No meta kernel.
-  } catch (const c10::Error& e) {
-    if (e.what_without_backtrace() != nullptr &&
-        std::string(e.what_without_backtrace()).find("can't be cast") != std::string::npos) {
-      throw;
-    }
-  }
-}
-
 void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
   if (c10::impl::TorchDispatchModeTLS::stack_len() > recorder.dispatch_modes) {
     throw Unsupported(c10::str(
@@ -327,21 +366,26 @@ void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
         "), which would see it now and not in a replay: capture outside of the mode, and keep "
         "tracers (make_fx, torch.func.linearize) out of the program"));
   }
+  const std::string& name = op.schema().name();
+  if (name.compare(0, 19, "aten::quantize_per_") == 0 || name == "aten::_empty_affine_quantized" ||
+      name == "aten::_empty_per_channel_affine_quantized") {
+    throw Unsupported(c10::str(
+        op.schema().operator_name(),
+        " makes a quantized tensor, which a graph cannot hold (at ",
+        recorder.describe(recorder.current_source()),
+        "): keep this part outside of the captured program"));
+  }
+}
+
+bool is_view_of_custom_operator(const c10::OperatorHandle& op) {
   const c10::FunctionSchema& schema = op.schema();
   const bool returns_alias = std::any_of(
       schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
         return r.alias_info() != nullptr && !r.alias_info()->isWrite();
       });
-  if (returns_alias && schema.name().compare(0, 6, "aten::") != 0 &&
+  return returns_alias && schema.name().compare(0, 6, "aten::") != 0 &&
       !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
-      !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd)) {
-    throw Unsupported(c10::str(
-        schema.operator_name(),
-        " returns a view of its argument (at ",
-        recorder.describe(recorder.current_source()),
-        "), and a custom operator's views cannot be functionalized: return a copy, or make the "
-        "view with PyTorch's own operators"));
-  }
+      !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
 }
 
 // Set between the two visits of an operator to `lift_kernel`.
@@ -382,6 +426,13 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
           recorder->describe(recorder->current_source()),
           "): convert it to a dense tensor outside of the captured program"));
     }
+    if (t.key_set().has(DispatchKey::Python)) {
+      throw Unsupported(c10::str(
+          op.schema().operator_name(),
+          " gets a tensor of a subclass with __torch_dispatch__ (at ",
+          recorder->describe(recorder->current_source()),
+          "), whose behaviour a graph cannot hold: unwrap it outside of the captured program"));
+    }
     at::Tensor twin = recorder->twin_of(t);
     if (!twin.is_same(t)) {
       passed.emplace_back(twin.unsafeGetTensorImpl(), t);
@@ -398,24 +449,40 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
       });
     }
   }
+  if (is_view_of_custom_operator(op)) {
+    const at::Tensor view = view_as_strided(*recorder, op, *stack, begin);
+    stack->resize(begin);
+    stack->emplace_back(view);
+    return;
+  }
   if (replace(*recorder, op, stack)) {
     return;
   }
-  std::vector<Written> written = written_to(op, *stack, begin);
-  if (!written.empty() && c10::isIntegralType(written[0].tensor.scalar_type(), true)) {
-    check_in_place(op, *stack, begin);
+  std::vector<Written> written = written_to(*recorder, op, *stack, begin);
+  if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view)) {
+    rehearse(*recorder, op, *stack, begin);
   }
   // Through the dispatcher once more, which computes the keys of the twins.
   lifted_arguments = true;
   if (has_no_functional_variant(op)) {
     c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
     op.callBoxed(stack);
+    for (const Written& w : written) {
+      recorder->custom_writes.push_back(
+          {recorder->last_write,
+           w.position,
+           storage_of(w.tensor),
+           static_cast<int64_t>(version_of(w.tensor) - w.version)});
+    }
   } else {
     op.callBoxed(stack);
   }
   for (const Written& w : written) {
     restore_strides(w);
-    if (w.tensor._version() == w.version && name.rfind("aten::_foreach_", 0) == 0) {
+    if (w.tensor.is_inference()) {
+      // Of a custom operator the first run tells.
+      recorder->inference_writes[storage_of(w.tensor)] += has_no_functional_variant(op) ? 0 : 1;
+    } else if (w.tensor._version() == w.version && name.rfind("aten::_foreach_", 0) == 0) {
       // Eager's kernel is a loop of in-place operators.
       w.tensor.unsafeGetTensorImpl()->bump_version();
     }

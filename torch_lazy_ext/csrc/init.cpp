@@ -63,12 +63,16 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
     d.lifted = static_cast<int64_t>(twin->second);
     d.constant = r.inputs[twin->second].constant;
   }
-  d.version = seen.is_inference() ? 0 : static_cast<int64_t>(seen._version());
   auto* storage = wrapper->unsafe_storage().unsafeGetStorageImpl();
   d.storage = reinterpret_cast<uintptr_t>(storage);
+  const auto writes = r.inference_writes.find(d.storage);
+  d.version = !seen.is_inference()      ? static_cast<int64_t>(seen._version())
+      : writes != r.inference_writes.end() ? writes->second
+                                           : 0;
   for (size_t i = 0; i < r.inputs.size(); ++i) {
     auto* w = fi::unsafeGetFunctionalWrapper(r.inputs[i].twin);
-    if (w->unsafe_storage().unsafeGetStorageImpl() == storage) {
+    // After Tensor.set_, the memory is another one's.
+    if (w->unsafe_storage().unsafeGetStorageImpl() == storage && !w->was_storage_changed()) {
       d.base_lifted = static_cast<int64_t>(i);
       break;
     }
@@ -134,7 +138,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Checked>(m, "Checked")
       .def_readonly("values", &Checked::values)
       .def_readonly("complete", &Checked::complete)
-      .def_readonly("learned", &Checked::learned);
+      .def_readonly("learned", &Checked::learned)
+      .def_readonly("bumps", &Checked::bumps);
 
   py::class_<Recorder, std::shared_ptr<Recorder>>(m, "Recorder")
       .def(py::init<>())
@@ -144,7 +149,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "share_storage",
           [](Recorder& r, const at::Tensor& t) {
-            r.shared_storages.insert(t.storage().unsafeGetStorageImpl());
+            auto [known, fresh] = r.shared_storages.try_emplace(
+                t.storage().unsafeGetStorageImpl(), t.scalar_type());
+            if (!fresh && t.itemsize() < c10::elementSize(known->second)) {
+              known->second = t.scalar_type();
+            }
           },
           "Lift every tensor over the storage of this one as a view of the storage.")
       .def("alive", &Recorder::alive)
@@ -152,8 +161,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "random_calls",
           [](const Recorder& r) {
-            return std::count_if(
-                r.nodes.begin(), r.nodes.end(), [](const auto& n) { return n->random(); });
+            return std::count_if(r.nodes.begin(), r.nodes.end(), [](const auto& n) {
+              return n->random() && !n->call->reads_generator;
+            });
           })
       .def(
           "run_checked",
@@ -174,6 +184,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
             return out;
           })
+      .def_readwrite("reads_offset", &Recorder::reads_offset)
+      .def_readonly("running", &Recorder::running)
+      .def(
+          "add_generator",
+          [](Recorder& r, const at::Generator& stand_in, const at::Generator& generator) {
+            r.generators_of_stand_ins[stand_in.unsafeGetGeneratorImpl()] = generator;
+          },
+          "Record `generator` where an operator draws from `stand_in`.")
       .def("is_liftable", &Recorder::is_liftable)
       .def("rebind", &Recorder::rebind)
       .def("twin_of", &Recorder::twin_of)
@@ -325,7 +343,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return fn(*args, **kwargs);
       },
       "Call `fn` as if there were no capture, no autograd and no mode of any kind.");
-  m.def("whole_storage", &whole_storage);
+  m.def("whole_storage", [](const at::Tensor& t) { return whole_storage(t); });
   m.def("unsupported_kind", &unsupported_kind);
   m.def(
       "same_bits",

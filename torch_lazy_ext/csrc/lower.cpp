@@ -45,6 +45,10 @@ void visit_owners(Recorder& recorder, ValueRef v, F&& visit) {
   }
 }
 
+c10::Symbol attr_default_dtype() {
+  return c10::Symbol::attr("default_dtype");
+}
+
 // Runs the operator that a node of kind "torch_lazy_ext::aten.view.dtype" stands for.
 torch::jit::Operation boxed_operation(const torch::jit::Node* node) {
   std::string name = node->kind().toUnqualString();
@@ -53,8 +57,15 @@ torch::jit::Operation boxed_operation(const torch::jit::Node* node) {
   const std::string overload = dot == std::string::npos ? "" : name.substr(dot + 1);
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
       name.substr(0, dot).c_str(), overload.c_str());
+  std::optional<at::ScalarType> default_dtype;
+  if (node->hasAttribute(attr_default_dtype())) {
+    default_dtype = static_cast<at::ScalarType>(node->i(attr_default_dtype()));
+  }
   const bool grad_mode = node->hasAttribute(c10::Symbol::attr("grad_mode"));
-  return [op, grad_mode](torch::jit::Stack& stack) { call_operator(op, grad_mode, stack); };
+  return [op, grad_mode, default_dtype](torch::jit::Stack& stack) {
+    DefaultDtypeGuard guard(default_dtype);
+    call_operator(op, grad_mode, stack);
+  };
 }
 
 // The kind of a node that calls `op` whatever TorchScript thinks of its arguments' types.
@@ -86,13 +97,17 @@ class Lowering {
       : call_(*node.call), node_(node), graph_(graph), context_(context) {}
 
   torch::lazy::TSOpVector run() {
+    for (size_t i : call_.mutated) {
+      for (const ValueRef& v : call_.arguments[i].values) {
+        copies_.emplace_back(v, nullptr);
+      }
+    }
     std::vector<Value*> inputs;
     for (size_t i = 0; i < call_.arguments.size(); ++i) {
       inputs.push_back(argument(i));
     }
     std::vector<Value*> written;
     for (size_t i : call_.mutated) {
-      inputs[i] = copy(inputs[i], call_.arguments[i]);
       written.push_back(inputs[i]);
     }
     torch::jit::Node* n = create(inputs);
@@ -138,11 +153,11 @@ class Lowering {
       return graph_->insertConstant(undefined ? c10::IValue() : a.constant);
     }
     if (a.kind == ArgKind::Tensor) {
-      return operand();
+      return operand(a.values[0]);
     }
     std::vector<Value*> elements;
     for (const ValueRef& v : a.values) {
-      elements.push_back(v.node >= 0 ? operand() : graph_->insertConstant(c10::IValue()));
+      elements.push_back(v.node >= 0 ? operand(v) : graph_->insertConstant(c10::IValue()));
     }
     const c10::TypePtr type = a.kind == ArgKind::OptionalTensorList
         ? c10::TypePtr(c10::OptionalType::ofTensor())
@@ -150,21 +165,17 @@ class Lowering {
     return graph_->insertNode(graph_->createList(type, elements))->output();
   }
 
-  Value* operand() {
-    return context_.GetOutputOp(node_.operand(next_operand_++));
-  }
-
-  Value* copy(Value* value, const Argument& argument) {
-    if (argument.kind == ArgKind::Tensor) {
-      return graph_->insert(c10::aten::clone, {value});
+  // What the operator writes to, it gets as a copy: one of each value, which may come as
+  // several arguments.
+  Value* operand(const ValueRef& v) {
+    Value* value = context_.GetOutputOp(node_.operand(next_operand_++));
+    for (auto& [of, copy] : copies_) {
+      if (of == v) {
+        copy = copy == nullptr ? graph_->insert(c10::aten::clone, {value}) : copy;
+        return copy;
+      }
     }
-    std::vector<Value*> copies;
-    torch::jit::Node* unpack = graph_->insertNode(
-        graph_->createListUnpack(value, argument.values.size()));
-    for (Value* element : unpack->outputs()) {
-      copies.push_back(graph_->insert(c10::aten::clone, {element}));
-    }
-    return graph_->insertNode(graph_->createList(c10::TensorType::get(), copies))->output();
+    return value;
   }
 
   // TorchScript finds the overload by the types of the inputs. Where that leads it astray
@@ -180,7 +191,9 @@ class Lowering {
       const torch::jit::Operator* found = n->maybeOperator();
       return found != nullptr && found->schema().operator_name() == schema.operator_name();
     };
-    if (!call_.grad_mode && resolved()) {
+    // The executor's passes know which of PyTorch's own operators are random.
+    const bool ordered = call_.random && schema.name().compare(0, 6, "aten::") != 0;
+    if (!ordered && !call_.grad_mode && !call_.default_dtype && resolved()) {
       return n;
     }
     torch::jit::Node* boxed =
@@ -191,6 +204,9 @@ class Lowering {
       boxed->i_(c10::Symbol::attr("grad_mode"), 1);
     }
     boxed->setSourceRange(node_.source_range);
+    if (call_.default_dtype) {
+      boxed->i_(attr_default_dtype(), static_cast<int64_t>(*call_.default_dtype));
+    }
     boxed->getOperator(); // raises when TorchScript does not find it
     return boxed;
   }
@@ -200,6 +216,7 @@ class Lowering {
   const std::shared_ptr<Graph>& graph_;
   torch::lazy::TSLoweringContext& context_;
   size_t next_operand_ = 0;
+  std::vector<std::pair<ValueRef, Value*>> copies_;
 };
 
 } // namespace
@@ -245,7 +262,7 @@ Lowered lower(
   for (int64_t i = count - 1; i >= 0; --i) {
     GenericNode& n = recorder.node(i);
     // A random node moves the generator even when nobody uses its numbers.
-    if (n.random() && lowered_here(i)) {
+    if (n.random() && !n.call->reads_generator && lowered_here(i)) {
       live[i] = 1;
     }
     if (live[i] != 0 && n.call) {

@@ -65,6 +65,19 @@ GenericNode::GenericNode(
       depends_on_input(call->depends_on_input),
       depends_on_tangent(call->depends_on_tangent) {}
 
+DefaultDtypeGuard::DefaultDtypeGuard(std::optional<at::ScalarType> dtype)
+    : previous_(c10::get_default_dtype()), changed_(dtype.has_value()) {
+  if (changed_) {
+    c10::set_default_dtype(c10::scalarTypeToTypeMeta(*dtype));
+  }
+}
+
+DefaultDtypeGuard::~DefaultDtypeGuard() {
+  if (changed_) {
+    c10::set_default_dtype(previous_);
+  }
+}
+
 torch::lazy::hash_t hash_constant(const c10::IValue& v) {
   using torch::lazy::DataHash;
   using torch::lazy::HashCombine;

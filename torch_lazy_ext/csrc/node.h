@@ -34,6 +34,9 @@ struct OperatorCall {
   SourceLocation source;
   // Draws from the generator: always live, and in program order.
   bool random = false;
+  bool reads_generator = false; // takes its turn among random nodes, and moves nothing
+  // The default dtype it was called under, where the program had changed it.
+  std::optional<at::ScalarType> default_dtype;
   int64_t serial = 0; // tells random calls apart
   bool depends_on_input = false;
   bool depends_on_tangent = false;
@@ -120,6 +123,19 @@ class GenericNode : public torch::lazy::TsNode {
   bool depends_on_tangent = false; // `values`, if any, are those of a stand-in
   bool sizes_from_data = false;
   std::vector<at::Tensor> values; // real outputs, once computed during capture
+};
+
+// Runs an operator under the default dtype that the program had set for it.
+class DefaultDtypeGuard {
+ public:
+  explicit DefaultDtypeGuard(std::optional<at::ScalarType> dtype);
+  ~DefaultDtypeGuard();
+  DefaultDtypeGuard(const DefaultDtypeGuard&) = delete;
+  DefaultDtypeGuard& operator=(const DefaultDtypeGuard&) = delete;
+
+ private:
+  caffe2::TypeMeta previous_;
+  bool changed_;
 };
 
 // Equal constants have equal hashes; floats count by their bits.

@@ -54,6 +54,8 @@ at::Tensor without_wrapper(const at::Tensor& t) {
 
 // clone() would make a strided tensor dense.
 at::Tensor strided_copy(const at::Tensor& t) {
+  c10::InferenceMode normal(false); // has a version counter in every mode
+  c10::AutoGradMode no_grad(false);
   return at::empty_strided(t.sizes(), t.strides(), t.options()).copy_(t);
 }
 
@@ -154,6 +156,7 @@ void Recorder::enter() {
   TORCH_CHECK(current_recorder == nullptr, "a capture is already running on this thread");
   entered_ = true;
   current_recorder = this;
+  default_dtype_ = c10::typeMetaToScalarType(c10::get_default_dtype());
   dispatch_modes = c10::impl::TorchDispatchModeTLS::stack_len();
   previous_reapply_ = fi::getFunctionalizationReapplyViewsTLS();
   fi::setFunctionalizationReapplyViewsTLS(true);
@@ -272,10 +275,11 @@ at::Tensor Recorder::make_tensor(ValueRef value, bool wrap_functional) {
   return wrap_functional ? fi::to_functional_tensor(t) : t;
 }
 
-at::Tensor whole_storage(const at::Tensor& tensor) {
+at::Tensor whole_storage(const at::Tensor& tensor, std::optional<at::ScalarType> dtype) {
   StandaloneGuard alone;
-  at::Tensor whole = at::empty({0}, tensor.options());
-  const auto count = static_cast<int64_t>(tensor.storage().nbytes() / tensor.itemsize());
+  at::Tensor whole =
+      at::empty({0}, tensor.options().dtype(dtype.value_or(tensor.scalar_type())));
+  const auto count = static_cast<int64_t>(tensor.storage().nbytes() / whole.itemsize());
   whole.set_(tensor.storage(), 0, {count}, {1});
   return whole;
 }
@@ -310,6 +314,10 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
   at::Tensor twin;
   at::Tensor source;
   {
+    std::optional<c10::InferenceMode> inference;
+    if (tensor.is_inference()) {
+      inference.emplace(true); // so that a write outside of the mode raises
+    }
     c10::impl::ExcludeDispatchKeyGuard guard(capture_keys);
     n->values.push_back(tensor.detach());
     nodes.push_back(n);
@@ -368,7 +376,8 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
     base = static_cast<int64_t>(i);
   }
   if (base < 0) {
-    at::Tensor whole = whole_storage(tensor);
+    at::Tensor whole =
+        whole_storage(tensor, shared_storages.at(tensor.storage().unsafeGetStorageImpl()));
     base = static_cast<int64_t>(inputs.size());
     lift_alone(whole, /*constant=*/false);
     inputs[base].base = base;
@@ -378,10 +387,25 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
     Resume recording(*this);
     c10::AutoGradMode no_grad(false);
     at::Tensor whole = inputs[base].twin;
-    if (whole.scalar_type() != tensor.scalar_type()) {
-      whole = whole.view(tensor.scalar_type());
+    const auto parts = static_cast<int64_t>(tensor.itemsize() / whole.itemsize());
+    if (parts == 1) {
+      twin = whole.as_strided(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    } else {
+      std::vector<int64_t> sizes = tensor.sizes().vec(), strides = tensor.strides().vec();
+      for (int64_t& stride : strides) {
+        stride *= parts;
+      }
+      sizes.push_back(parts);
+      strides.push_back(1);
+      twin = whole.as_strided(sizes, strides, tensor.storage_offset() * parts);
     }
-    twin = whole.as_strided(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    if (whole.scalar_type() != tensor.scalar_type()) {
+      // After as_strided: functionalization writes through it in first place only.
+      twin = twin.view(tensor.scalar_type());
+    }
+    if (parts != 1) {
+      twin = twin.squeeze(-1);
+    }
     if (tensor.requires_grad()) {
       twin.requires_grad_(true);
     }
@@ -390,6 +414,20 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
   input_by_twin[twin.unsafeGetTensorImpl()] = inputs.size();
   inputs.push_back({tensor, twin, -1, tensor.requires_grad() ? twin : at::Tensor(), false, base});
   return twin;
+}
+
+at::Tensor Recorder::whole_storage_of(const at::Tensor& tensor) const {
+  const auto storage_of = [](const at::Tensor& t) {
+    return fi::unsafeGetFunctionalWrapper(t)->unsafe_storage().unsafeGetStorageImpl();
+  };
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (inputs[i].base == static_cast<int64_t>(i) &&
+        storage_of(inputs[i].twin) == storage_of(tensor) &&
+        inputs[i].twin.scalar_type() == tensor.scalar_type()) {
+      return inputs[i].twin;
+    }
+  }
+  return {};
 }
 
 at::Tensor Recorder::twin_of(const at::Tensor& tensor) {
@@ -408,26 +446,64 @@ void Recorder::rebind(const at::Tensor& tensor, const at::Tensor& twin) {
 
 // ------------------------------------------------- values needed by the program
 
-Stack Recorder::run(const OperatorCall& call) {
+namespace {
+
+std::vector<at::Tensor> written_by(const OperatorCall& call, const Stack& arguments) {
+  std::vector<at::Tensor> out;
+  for (size_t i : call.mutated) {
+    if (arguments[i].isTensor()) {
+      out.push_back(arguments[i].toTensor());
+    } else {
+      const auto list = arguments[i].toTensorVector();
+      out.insert(out.end(), list.begin(), list.end());
+    }
+  }
+  return out;
+}
+
+int64_t version_of(const at::Tensor& t) {
+  return t.defined() && !t.is_inference() ? static_cast<int64_t>(t._version()) : 0;
+}
+
+} // namespace
+
+Stack Recorder::run(const OperatorCall& call, std::vector<int64_t>* bumps) {
+  // One copy of each value, which the operator may get as several arguments.
+  std::vector<std::pair<ValueRef, at::Tensor>> copies;
+  for (size_t i : call.mutated) {
+    for (const ValueRef& v : call.arguments[i].values) {
+      const bool known = std::any_of(
+          copies.begin(), copies.end(), [&](const auto& c) { return c.first == v; });
+      if (v.node >= 0 && !known) {
+        copies.emplace_back(v, strided_copy(node(v.node).values[v.index]));
+      }
+    }
+  }
   Stack stack;
   stack.reserve(call.arguments.size());
-  call.push(stack, [&](const ValueRef& v) { return node(v.node).values[v.index]; });
+  call.push(stack, [&](const ValueRef& v) {
+    for (const auto& [of, copy] : copies) {
+      if (of == v) {
+        return copy;
+      }
+    }
+    return node(v.node).values[v.index];
+  });
   std::vector<IValue> written;
   for (size_t i : call.mutated) {
-    IValue& argument = stack[i];
-    if (argument.isTensor()) {
-      argument = strided_copy(argument.toTensor());
-    } else {
-      c10::List<at::Tensor> copies;
-      for (const at::Tensor& t : argument.toTensorVector()) {
-        copies.push_back(strided_copy(t));
-      }
-      argument = std::move(copies);
-    }
-    written.push_back(argument);
+    written.push_back(stack[i]);
   }
+  const std::vector<at::Tensor> targets = written_by(call, stack);
+  std::vector<int64_t> before;
+  for (const at::Tensor& t : targets) {
+    before.push_back(version_of(t));
+  }
+  DefaultDtypeGuard default_dtype(call.default_dtype);
   call_operator(call.op, call.grad_mode, stack);
   stack.insert(stack.end(), written.begin(), written.end());
+  for (size_t k = 0; bumps != nullptr && k < targets.size(); ++k) {
+    bumps->push_back(version_of(targets[k]) - before[k]);
+  }
   return stack;
 }
 
@@ -629,6 +705,14 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
     call.constants_hash = torch::lazy::HashCombine(call.constants_hash, torch::lazy::hash_t(1));
   }
   call.depends_on_input = call.random;
+  call.reads_generator = op.schema().name() == "torch_lazy_ext::get_rng_state" ||
+      op.schema().name() == "torch_lazy_ext::initial_seed";
+  const auto default_dtype = c10::typeMetaToScalarType(c10::get_default_dtype());
+  if (default_dtype != default_dtype_) {
+    call.default_dtype = default_dtype;
+    call.constants_hash = torch::lazy::HashCombine(
+        call.constants_hash, torch::lazy::hash_t(static_cast<int64_t>(default_dtype) + 1000));
+  }
   const bool reads_values = !reads_shape_only(op.schema().name());
   auto add = [&](Argument& a, const at::Tensor& t) {
     if (!t.defined()) {
@@ -673,6 +757,12 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
       }
     } else {
       a.constant = v;
+      if (v.isGenerator()) {
+        auto real = generators_of_stand_ins.find(v.toGenerator().unsafeGetGeneratorImpl());
+        if (real != generators_of_stand_ins.end()) {
+          a.constant = real->second;
+        }
+      }
       call.constants_hash = torch::lazy::HashCombine(call.constants_hash, hash_constant(v));
     }
   }
@@ -771,7 +861,7 @@ namespace {
 
 // Returns nothing and writes nothing: the operator exists to raise on bad data.
 bool is_check(const OperatorCall& call) {
-  return call.op.schema().returns().empty() && call.mutated.empty();
+  return call.op.schema().returns().empty() && !call.op.schema().is_mutable();
 }
 
 } // namespace
@@ -871,7 +961,7 @@ void Recorder::seek(int64_t position) {
 }
 
 GenericNode* Recorder::drawn_again(const OperatorCall& call) {
-  if (position_ < 0 || !call.random ||
+  if (position_ < 0 || !call.random || call.reads_generator ||
       generator_of(call) != at::detail::getDefaultCPUGenerator()) {
     return nullptr;
   }
@@ -974,13 +1064,21 @@ Checked Recorder::run_checked(
   }
   Checked result;
   result.complete = true;
+  running = -1;
   for (int64_t i = begin; i < count; ++i) {
     GenericNode& n = node(i);
     if (last_use[i] < 0) {
       continue;
     }
     if (n.call) {
-      Stack results = run(*n.call);
+      running = i;
+      std::vector<int64_t> bumps;
+      Stack results = run(*n.call, &bumps);
+      for (const CustomWrite& w : custom_writes) {
+        if (w.node == i) {
+          result.bumps[w.storage] += bumps[w.position] - w.counted;
+        }
+      }
       n.values = tensors_of(results);
       const Outputs real =
           outputs_of(*n.call, std::move(results), device_of(*n.call), describe(n.call->source));
@@ -1083,8 +1181,12 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   n->values = std::move(out.values);
   n->sizes_from_data = guarded;
   nodes.push_back(n);
-  if (n->random() && generator_of(*n->call) == at::detail::getDefaultCPUGenerator()) {
+  if (n->random() && !n->call->reads_generator &&
+      generator_of(*n->call) == at::detail::getDefaultCPUGenerator()) {
     drawn_.push_back(n->id);
+  }
+  if (!mutated.empty()) {
+    last_write = n->id;
   }
   if (guarded) {
     for (size_t i = 0; i < n->metas.size(); ++i) {

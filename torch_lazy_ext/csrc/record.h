@@ -57,6 +57,17 @@ struct Checked {
   // An operator gave other strides than its meta kernel had said: that is known now, and
   // the program has to be captured again.
   bool learned = false;
+  // How much further custom operators moved version counters than the capture counted, by
+  // the identity of the functional storage.
+  std::map<uintptr_t, int64_t> bumps;
+};
+
+// One tensor that a custom operator writes to.
+struct CustomWrite {
+  int64_t node;
+  size_t position; // among all that it writes to
+  uintptr_t storage; // identity of the functional storage
+  int64_t counted; // how far the version counter moved in the capture
 };
 
 struct Recorder : public std::enable_shared_from_this<Recorder> {
@@ -94,6 +105,9 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   // for its values where an operator has to run to tell its shapes.
   at::Tensor add_tangent(const at::Tensor& output);
   at::Tensor twin_of(const at::Tensor& tensor); // lifts when necessary
+  // The twin of the storage that a functional tensor lies in, when that was lifted as a
+  // whole and has the tensor's dtype; else nothing.
+  at::Tensor whole_storage_of(const at::Tensor& tensor) const;
   bool is_liftable(const at::Tensor& tensor) const;
   // From now on `twin` stands for `tensor` (an assignment to `tensor.data`).
   void rebind(const at::Tensor& tensor, const at::Tensor& twin);
@@ -133,12 +147,23 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::unordered_map<c10::TensorImpl*, size_t> input_by_impl;
   std::unordered_map<c10::TensorImpl*, size_t> input_by_twin;
   std::unordered_map<c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> rebound;
-  // Storages of which the program reads several tensors and writes to one.
-  std::unordered_set<c10::StorageImpl*> shared_storages;
+  // Storages of which the program reads several tensors and writes to one, with the dtype
+  // of their smallest elements.
+  std::unordered_map<c10::StorageImpl*, at::ScalarType> shared_storages;
+  // What the program was given for a generator -> the generator.
+  std::unordered_map<c10::GeneratorImpl*, at::Generator> generators_of_stand_ins;
+  // Where its tensors lie in their storages matters to the program.
+  bool reads_offset = false;
+  int64_t running = -1; // the node that run_checked is at
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> made;
   // Run every operator while it is recorded, and learn what its meta kernel has wrong.
   bool verify_layouts = false;
   std::vector<Guard> guards;
+  std::vector<CustomWrite> custom_writes;
+  int64_t last_write = -1; // the last node that writes to its arguments
+  // How often the program wrote to inference tensors, which count no versions, by the
+  // identity of the functional storage: eager's tensor may be another kind.
+  std::map<uintptr_t, int64_t> inference_writes;
   // (operator, count, where) for operators the fallback config names
   std::vector<std::tuple<std::string, int64_t, std::string>> fallbacks;
 
@@ -159,7 +184,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   void learn(const OperatorCall& call, c10::Device device, const Outputs& real);
   void note_forced_fallback(const OperatorCall& call);
   at::Tensor make_tensor(ValueRef value, bool wrap_functional);
-  torch::jit::Stack run(const OperatorCall& call);
+  // `bumps`: how far the operator moves the version counters of what it writes to.
+  torch::jit::Stack run(const OperatorCall& call, std::vector<int64_t>* bumps = nullptr);
   std::vector<char> needed_for(int64_t target);
   at::Tensor lift_alone(const at::Tensor& tensor, bool constant);
   at::Tensor lift_storage(const at::Tensor& tensor);
@@ -173,6 +199,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::vector<int64_t> drawn_; // nodes that draw from the default generator
   int64_t position_ = -1; // the next of them to be drawn again, or -1
   std::string inference_error_; // what the last meta kernel said, or nothing
+  at::ScalarType default_dtype_ = at::kFloat; // when the capture began
   bool previous_reapply_ = false;
   bool entered_ = false;
   bool finished_ = false;
@@ -204,8 +231,10 @@ struct Unsupported : public torch::PyTorchError {
 };
 void set_unsupported_type(PyObject* type);
 
-// The whole storage of a tensor as one flat tensor of its dtype.
-at::Tensor whole_storage(const at::Tensor& tensor);
+// The whole storage of a tensor as one flat tensor, of the tensor's own dtype or another.
+at::Tensor whole_storage(
+    const at::Tensor& tensor,
+    std::optional<at::ScalarType> dtype = std::nullopt);
 
 // Whether an argument of this type names a device.
 bool is_device_argument(const c10::Argument& argument);
