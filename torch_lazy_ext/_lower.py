@@ -330,8 +330,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         guards=guards,
         generators=recorder.generators(),
         makes_generators=bool(recording.generators.made),
-        uses_storage_offset=recorder.reads_offset
-        or graph.findNode("aten::as_strided") is not None,
+        uses_storage_offset=recorder.reads_offset or graph.findNode("aten::as_strided") is not None,
         backward=backward,
     )
 

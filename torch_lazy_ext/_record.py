@@ -147,10 +147,8 @@ class Capture:
         ]
 
     def get_rng_state(self, func: Any) -> torch.Tensor:
-        if self._resumed:
-            state = func()
-        else:
-            state = self.generators.get_state(torch.default_generator)
+        # After the program, nothing is recorded of it.
+        state = func() if self._resumed else self.generators.get_state(torch.default_generator)
         self._rng_states.append((state, self.recorder.random_position()))
         return state
 

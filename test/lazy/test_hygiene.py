@@ -27,6 +27,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_lazy_ext import ExtractionError, extract_compiled_graph, ts_backend
 
+refusals: list[bool] = []
+
+
+@torch.library.custom_op("torch_lazy_ext_test_hygiene::moody", mutates_args=())
+def moody(x: torch.Tensor) -> torch.Tensor:
+    refusals.append(True)
+    if len(refusals) % 2:
+        raise ValueError("not this time")
+    return x * 2
+
+
+@moody.register_fake
+def _(x):
+    return torch.empty_like(x)
+
 
 class OwnError(Exception):
     """An exception that no library knows."""
@@ -700,6 +715,27 @@ class NestingTest(unittest.TestCase):
             return
         x = torch.randn(3)
         self.assertTrue(torch.equal(graph(x), x * 2 + 1))
+
+    def test_eager_calls_are_told(self):
+        """A call that no graph serves, though eager raises nothing: a warning, and a count."""
+        refusals.clear()
+        graph = extract_compiled_graph(lambda x: moody(x) + 1, (torch.ones(2),))
+        told = r"(?s)ran eagerly.*moody.*test_hygiene\.py:\d+.*not this time"
+        with self.assertWarnsRegex(UserWarning, told):
+            self.assertTrue(torch.equal(graph(torch.ones(2)), torch.full((2,), 3.0)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            graph(torch.ones(2))
+        self.assertRegex(graph.explain(), r"2 calls ran eagerly: .*moody")
+
+    def test_first_call_initializes(self):
+        graph = extract_compiled_graph(nn.LazyLinear(2), (torch.ones(1, 3),))
+        with self.assertRaisesRegex(ExtractionError, "no graph yet.*uninitialized"):
+            graph.graph_text()
+        for _ in range(2):
+            graph(torch.ones(1, 3))
+        self.assertIn("1 call ran eagerly: the program has uninitialized", graph.explain())
+        self.assertIn("addmm", graph.graph_text())
 
     def test_graph_of_a_graph(self):
         inner = extract_compiled_graph(nn.ReLU(), (torch.randn(3),))
