@@ -342,9 +342,9 @@ class _OneAtATime:
         self._program = _C.Program(graph)
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         with self._lock:
-            return self._program.run(list(inputs))
+            return self._program.run(inputs)
 
 
 def _operator(recorder: _C.Recorder) -> str:
