@@ -77,7 +77,7 @@ bool is_owned_alone(const c10::IValue& v) {
   }
   const at::Tensor& t = v.toTensor();
   return t.defined() && t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 &&
-      !t.is_conj() && !t.is_neg() && !t.is_inference();
+      !t.is_conj() && !t.is_neg() && !t.is_inference() && !t._is_zerotensor();
 }
 
 } // namespace
