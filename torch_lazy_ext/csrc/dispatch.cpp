@@ -2,6 +2,7 @@
 #include "record.h"
 #include "rehearse.h"
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
@@ -195,7 +196,9 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     for (size_t d = 0; d < fresh; ++d) {
       view = view.unsqueeze(0);
     }
-    return answer(view);
+    // Dimensions of size 1 may have other strides.
+    const auto [_, strides] = at::inferExpandGeometry(self.sizes(), self.strides(), sizes);
+    return view.strides() == at::IntArrayRef(strides) && answer(view);
   }
   if (name == "aten::is_nonzero" && at(0).toTensor().numel() == 1) {
     // What a branch looks at is the answer, not the number.
