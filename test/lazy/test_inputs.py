@@ -380,6 +380,12 @@ def write_then_read(x):
 class LayoutTest(unittest.TestCase):
     """Strided arguments, read and written, and contiguous ones in turn with them."""
 
+    test_offset_read = makefunctiontest(
+        lambda x: x + 1 if x.storage_offset() < 3 else x - 1,
+        lambda i: (randn(8)[i : i + 3],),
+        captures=None,
+    )
+
 
 for _name, _make in (LAYOUTS | READ_ONLY_LAYOUTS).items():
     setattr(

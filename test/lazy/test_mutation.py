@@ -384,6 +384,10 @@ class MetadataTest(unittest.TestCase):
     test_resize_by_a_number = makefunctiontest(
         lambda x, n: x.resize_(n).fill_(2), lambda i: (randn(3), i + 2), captures=None
     )
+    test_view_of_data = makefunctiontest(lambda x: x.data[1:], tensors((4, 3)))
+    test_view_of_written_data = makefunctiontest(
+        lambda x: (lambda d: (d.mul_(2), d[1:])[1])(x.data), tensors((4, 3))
+    )
     test_untyped_storage_resized = makefunctiontest(
         lambda x: (x.untyped_storage().resize_(400), None)[1], tensors((2, 3))
     )

@@ -374,23 +374,24 @@ class GeneratorTest(unittest.TestCase):
         between=lambda m, i: setattr(m, "generator", torch.Generator().manual_seed(i)),
     )
 
-
-for _name, _draw in GENERATOR.items():
-    setattr(GeneratorTest, f"test_{_name}", maketest(lambda d=_draw: OwnGenerator(d), X))
-
     def test_made_inside_in_threads(self):
         """A generator that the program makes is each call's own."""
 
         def program(n):
             generator = torch.Generator().manual_seed(1)
-            return torch.cat([torch.rand(1000, generator=generator) for _ in range(n)])
+            # Long enough for threads to be switched between two of them.
+            return torch.cat([torch.rand(100_000, generator=generator) for _ in range(n)])
 
         graph = extract_compiled_graph(program, (20,))
         graph(20)
         expected = program(20)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            for result in pool.map(lambda _: graph(20), range(40)):
+            for result in pool.map(lambda _: graph(20), range(16)):
                 self.assertTrue(torch.equal(result, expected))
+
+
+for _name, _draw in GENERATOR.items():
+    setattr(GeneratorTest, f"test_{_name}", maketest(lambda d=_draw: OwnGenerator(d), X))
 
 
 class ModuleRandomnessTest(unittest.TestCase):
