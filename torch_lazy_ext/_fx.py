@@ -93,7 +93,7 @@ class _Translation:
         if where:
             node.meta["stack_trace"] = where
         outputs = list(source.outputs())
-        if _makes_views(overload) or not all(_is_complete(v) for v in _unpacked(outputs)):
+        if makes_views(overload) or not all(_is_complete(v) for v in _unpacked(outputs)):
             node.meta["val"] = self.infer(node)
         elif len(outputs) == 1:
             node.meta["val"] = _recorded(outputs[0])
@@ -150,7 +150,8 @@ def _is_default(argument: torch._C.Argument, value: Any) -> bool:
     return type(default) is type(value) and repr(default) == repr(value)
 
 
-def _makes_views(overload: torch._ops.OpOverload) -> bool:
+def makes_views(overload: torch._ops.OpOverload) -> bool:
+    """Whether the results of an operator share the memory of an argument."""
     infos = [a.alias_info for a in overload._schema.arguments]
     views = any(info is not None and not info.is_write for info in infos)
     return views or overload in _UNANNOTATED_VIEWS

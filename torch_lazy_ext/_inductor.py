@@ -30,7 +30,7 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from torch_lazy_ext import _C
+from torch_lazy_ext import _C, _fx
 
 aten = torch.ops.aten
 
@@ -39,18 +39,18 @@ class Unsuitable(Exception):
     """A graph that Inductor is not given; the message says why."""
 
 
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 # Inductor packs the weights of these ahead of time, or folds them into those of a neighbour.
 _PACKING = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.linear.default,
     aten.convolution.default,
     aten._convolution.default,
     aten.native_batch_norm.default,
     aten._native_batch_norm_legit_no_training.default,
 }
+# From this many multiplications on, a product is faster in the library that eager calls, on the
+# weight as it is, than as generated code or on a weight packed by that library. Below, the call of
+# the library costs more than the product.
+_LARGE_PRODUCT = 1 << 20
 
 _SETTINGS = {
     "cpp_wrapper": True,
@@ -61,12 +61,9 @@ _SETTINGS = {
     "size_asserts": False,
     "alignment_asserts": False,
 }
-_FROZEN_SETTINGS = {
-    "freezing": True,
-    # Matrix products by constant weights as generated code that fuses what stands around them.
-    "max_autotune_gemm": True,
-    "max_autotune_gemm_backends": "CPP",
-}
+_FROZEN_SETTINGS = {"freezing": True}
+# Products by constant weights as generated code, together with what stands around them.
+_SMALL_PRODUCTS_SETTINGS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
 
 
 Plan = tuple[bool, int, tuple[list[int], list[int], int] | None]
@@ -111,22 +108,37 @@ class Compiled:
 
 
 def worth_freezing(module: fx.GraphModule, weights: list[int]) -> list[int]:
-    """Those of the inputs `weights` whose values, as constants, make other code.
+    """Those of the inputs `weights` whose values, as constants, make faster code.
 
-    These are weights that an operator packs or folds, or that something is computed of without any
-    other input. An embedding's table, for one, is read as it is.
+    These are weights that an operator packs or folds, or that something other than a view is
+    computed of without any other input. An embedding's table, for one, is read as it is.
     """
+    packing = _PACKING if _has_large_products(module) else _PACKING | _PRODUCTS
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     constant = {placeholders[i] for i in weights}
     for node in module.graph.nodes:
         operands = node.all_input_nodes
         if node.op == "call_function" and operands and constant.issuperset(operands):
             constant.add(node)
-    return [
-        i
-        for i in weights
-        if any(u in constant or u.target in _PACKING for u in placeholders[i].users)
-    ]
+
+    def is_worth_it(node: fx.Node) -> bool:
+        return any(
+            is_worth_it(user)
+            if user in constant and _fx.makes_views(user.target)
+            else user in constant or user.target in packing
+            for user in node.users
+        )
+
+    return [i for i in weights if is_worth_it(placeholders[i])]
+
+
+def _has_large_products(module: fx.GraphModule) -> bool:
+    for node in module.graph.nodes:
+        if node.target in _PRODUCTS:
+            *_sum, left, _right = node.args[:3]
+            if node.meta["val"].numel() * left.meta["val"].shape[-1] >= _LARGE_PRODUCT:
+                return True
+    return False
 
 
 def compile(
@@ -150,13 +162,18 @@ def compile(
     owners, plans = _outputs(module)
     if not owners:
         raise Unsuitable("nothing to compute")
+    settings: dict[str, Any] = {}
+    if frozen:
+        settings |= _FROZEN_SETTINGS
+        if not _has_large_products(module):
+            settings |= _SMALL_PRODUCTS_SETTINGS
     try:
-        compiled = _compiled(module, owners, frozen, threads, _FROZEN_SETTINGS if frozen else {})
+        compiled = _compiled(module, owners, frozen, threads, settings)
     except InductorError as e:
-        if not frozen or "NoValidChoicesError" not in str(e):
+        if "NoValidChoicesError" not in str(e):
             raise
         # Some product has no generated code: two activations, another dtype.
-        settings = {**_FROZEN_SETTINGS, "max_autotune_gemm_backends": "CPP,ATEN"}
+        settings["max_autotune_gemm_backends"] = "CPP,ATEN"
         compiled = _compiled(module, owners, frozen, threads, settings)
     call = compiled.current_callable
     count = len(module.graph.find_nodes(op="placeholder"))

@@ -434,6 +434,29 @@ class FreezeTest(unittest.TestCase):
             (left,) = set(weights) - set(frozen)
             self.assertEqual(placeholders[left].meta["val"].shape, module.table.weight.shape)
 
+    def test_large_products_are_not_worth_freezing(self) -> None:
+        """But convolutions beside them are."""
+
+        class Large(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 2, 3)
+                self.linear = nn.Linear(128, 128)
+
+            def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+                return [self.conv(x), self.linear(y)]
+
+        with torch.no_grad():
+            module = Large()
+            for rows, shapes in ((2, 4), (128, 2)):
+                args = (torch.randn(1, 1, 8, 8), torch.randn(rows, 128))
+                graph = extract_compiled_graph(module, args).graph_module
+                frozen = _inductor.worth_freezing(graph, [2, 3, 4, 5])  # after the arguments
+                self.assertEqual(len(frozen), shapes)
+                compiled = extract_compiled_graph(module, args, backend="inductor", freeze=True)
+                for _ in range(3):
+                    torch.testing.assert_close(compiled(*args), module(*args))
+
     def test_freed(self) -> None:
         """What freezing keeps goes with the graph."""
         with torch.no_grad():
