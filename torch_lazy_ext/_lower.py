@@ -14,15 +14,7 @@ import torch
 
 from torch_lazy_ext import _C, _lift, _tree
 from torch_lazy_ext._errors import UnsupportedError
-from torch_lazy_ext._record import Recording, check_plain
-
-
-class SharedStorage(Exception):
-    """The program writes to memory that it reads through several tensors: lift them as views."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.tensors = tensors
+from torch_lazy_ext._record import Recording, SharedStorage, check_plain
 
 
 # ------------------------------------------------- where a replay takes a result from
@@ -64,11 +56,35 @@ class FromView:
 
 @dataclasses.dataclass(eq=False)
 class FromStrided:
-    """A view of the memory of a lifted tensor that shares its storage with others."""
+    """A view of the memory of a lifted tensor, by its place in the storage.
 
-    member: FromLifted
+    Attributes:
+        alias: with a version counter of its own (`x.data`).
+    """
+
+    index: int
     sizes: list[int]
     strides: list[int]
+    offset: int
+    dtype: torch.dtype
+    conj: bool
+    neg: bool
+    alias: bool
+
+
+@dataclasses.dataclass(eq=False)
+class FromArray:
+    """A numpy array over the memory of a tensor, by its place in the tensor's storage.
+
+    Attributes:
+        dtype: numpy's.
+        offset: in bytes, from the tensor's first element.
+    """
+
+    tensor: Source
+    dtype: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     offset: int
 
 
@@ -114,6 +130,7 @@ Source = (
     | FromRoot
     | FromView
     | FromStrided
+    | FromArray
     | FromConstant
     | Constant
     | Copied
@@ -212,6 +229,7 @@ class Lowered:
 
     Attributes:
         parameters: for each input of the graph, the index of the lifted tensor.
+        end: how many nodes the program itself recorded.
         lifted: (the user's tensor, whether it is a constant, index of its storage's input or -1).
         result: how to put the result together.
         refills: (position of an argument's container, its new content).
@@ -227,6 +245,7 @@ class Lowered:
     graph: torch._C.Graph
     roots: list[_C.ValueRef]
     parameters: list[int]
+    end: int
     lifted: list[tuple[torch.Tensor, bool, int]]
     writes: list[Write]
     result: Source
@@ -257,11 +276,7 @@ class _Roots:
 
 
 def lower(recording: Recording, state: _lift.State) -> Lowered:
-    """Choose the roots of a recording and lower them to one graph.
-
-    Raises:
-        SharedStorage: the capture has to be repeated with these tensors lifted as views.
-    """
+    """Choose the roots of a recording and lower them to one graph."""
     recorder = recording.recorder
     roots = _Roots()
     sources = _Sources(recording, state, roots)
@@ -296,7 +311,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             twin = lifted[write.index][1]
             sources.differentiable.append((FromRoot(write.root), twin))
     num_exposed = len(roots.values)
-    _check_sharing(recorder, lifted, writes)
+    end = len(recorder)
     backward, spent = None, []
     if sources.differentiable:
         differentiable = sources.differentiable
@@ -317,6 +332,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         graph=graph,
         roots=roots.values,
         parameters=parameters,
+        end=end,
         lifted=[(tensor, constant, base) for tensor, _twin, constant, base in lifted],
         writes=writes,
         result=result,
@@ -330,7 +346,9 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         guards=guards,
         generators=recorder.generators(),
         makes_generators=bool(recording.generators.made),
-        uses_storage_offset=recorder.reads_offset or graph.findNode("aten::as_strided") is not None,
+        uses_storage_offset=sources.uses_storage_offset
+        or recorder.reads_offset
+        or graph.findNode("aten::as_strided") is not None,
         backward=backward,
     )
 
@@ -551,12 +569,6 @@ def _write(
     if id(twin) not in sources.assigned and (about.metadata_mutated or twin.shape != tensor.shape):
         offset = twin.storage_offset() - tensor.storage_offset()
         meta = (list(twin.shape), list(twin.stride()), offset)
-    if about.mutated and torch._debug_has_internal_overlap(tensor) == 1:
-        # In eager's words, since eager refuses it too.
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a "
-            "single memory location. Please clone() the tensor before performing the operation."
-        )
     differentiable = _has_own_history(twin, recorder.sources()[index])
     if differentiable and (meta is not None or base >= 0):
         raise UnsupportedError(
@@ -565,6 +577,11 @@ def _write(
             "instead"
         )
     if about.mutated and base in (-1, index):
+        if torch._debug_has_internal_overlap(tensor) == 1:
+            raise UnsupportedError(
+                "the program writes to a tensor of which several elements are one place in memory "
+                "(an expanded one): pass a clone"
+            )
         return [
             Write(
                 index,
@@ -621,19 +638,6 @@ def _check_sharing(
         raise SharedStorage(again)
 
 
-def _one_version(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors share a version counter, as views do; `x.data` has one of its own."""
-    if a is b or a.is_inference() or b.is_inference():
-        return True
-    before, other = a._version, b._version
-    if before != other:
-        return False
-    torch._C._autograd._unsafe_set_version_counter((a,), (before + 1,))
-    moved = b._version != other
-    torch._C._autograd._unsafe_set_version_counter((a,), (before,))
-    return moved
-
-
 def _inference(leaf: torch.Tensor) -> bool | None:
     """Whether a result is an inference tensor; None when all made in the mode of now are alike."""
     made = leaf.is_inference()
@@ -655,6 +659,8 @@ class _Sources:
         for i, (tensor, twin, _constant, _base) in enumerate(self.recorder.lifted()):
             self.lifted[id(tensor)] = self.lifted[id(twin)] = i
         self.assigned = {id(tensor) for tensor, _value in recording.assigned}
+        self.arrays = recording.arrays
+        self.uses_storage_offset = False
         self._sharing: dict[int, int] = {}
         self._objects: set[int] = set()  # roots that are a result already
         everything = [recording.result, list(recording.refilled.values())]
@@ -676,6 +682,11 @@ class _Sources:
                 about = self.recorder.describe(value)
                 if about.captured:
                     self._sharing[about.storage] = self._sharing.get(about.storage, 0) + 1
+                continue
+            if _tree.is_array(value):
+                shared = self.arrays.of(value)
+                if shared is not None:
+                    stack.append(shared.tensor)
                 continue
             taken = _tree.parts(value)
             if taken is not None:
@@ -699,6 +710,8 @@ class _Sources:
             return Constant(value)
         if _tree.parts(value) is not None:
             return self.build(value)
+        if _tree.is_array(value):
+            return self._array(value)
         if isinstance(value, (set, bytearray)) or type(value).__module__ == "numpy":
             return Copied(copy.copy(value))
         return Constant(value)
@@ -738,6 +751,27 @@ class _Sources:
             return FromLifted(about.lifted)
         return self.memory_of(leaf)
 
+    def _strided(self, index: int, leaf: torch.Tensor, alias: bool) -> FromStrided:
+        return FromStrided(
+            index,
+            list(leaf.shape),
+            list(leaf.stride()),
+            leaf.storage_offset(),
+            leaf.dtype,
+            leaf.is_conj(),
+            leaf.is_neg(),
+            alias,
+        )
+
+    def _array(self, array: Any) -> Source:
+        """The source of a numpy array: the program may have it from a tensor."""
+        shared = self.arrays.of(array)
+        if shared is None:
+            return Copied(copy.copy(array))
+        return FromArray(
+            self.of(shared.tensor), array.dtype, array.shape, array.strides, shared.offset
+        )
+
     def memory_of(self, leaf: torch.Tensor) -> Source:
         """The source of what a tensor holds, also when it is a lifted tensor itself."""
         recorder = self.recorder
@@ -747,20 +781,19 @@ class _Sources:
         if base >= 0 and lifted[base][2]:
             if not about.mutated:
                 return FromConstant(base, about.views)
-        elif base >= 0 and lifted[base][3] == base and not leaf.is_conj() and not leaf.is_neg():
+        elif base >= 0 and lifted[base][3] == base:
             # Of a member, not of the storage as a whole: so it shares the version counter.
-            for i, (tensor, twin, _constant, group) in enumerate(lifted):
-                if group == base and i != base and tensor.dtype == leaf.dtype:
-                    member = FromLifted(i, alias=not _one_version(leaf, twin))
-                    return FromStrided(
-                        member, list(leaf.shape), list(leaf.stride()), leaf.storage_offset()
-                    )
-            return FromView(FromLifted(base), about.views)
+            members = [i for i, (*_, group) in enumerate(lifted) if group == base and i != base]
+            alike = [i for i in members if lifted[i][0].dtype == leaf.dtype]
+            return self._strided((alike or members)[0], leaf, not about.shares_version)
+        elif base >= 0 and recorder.describe(lifted[base][1]).metadata_mutated:
+            # The views lead from what the tensor was.
+            self.uses_storage_offset = True
+            return self._strided(base, leaf, not about.shares_version)
         elif base >= 0 and about.mutated:
             if not len(about.views):
                 return FromLifted(base, alias=True)
-            alias = not _one_version(leaf, lifted[base][1])
-            return FromView(FromLifted(base, alias), about.views)
+            return FromView(FromLifted(base, alias=not about.shares_version), about.views)
         differentiable = leaf.requires_grad and leaf.grad_fn is not None
         if differentiable and base >= 0 and not lifted[base][2] and len(about.views):
             # Eager's own view of the user's tensor, with eager's gradient.
@@ -772,8 +805,7 @@ class _Sources:
         # `y.data` is another tensor object over the same value.
         alias = root in self._objects or recorder.is_input(about.value)
         of_input = base >= 0 and not lifted[base][2]
-        if of_input:
-            alias = alias or not _one_version(leaf, lifted[base][1])
+        alias = alias or (base >= 0 and not about.shares_version)
         self._objects.add(root)
         source = FromRoot(
             root,

@@ -12,6 +12,7 @@ import functools
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +57,9 @@ class Capture:
         self._furthest = 0  # how many were drawn before the state was put back
         self.generators = _generators.Generators(recorder)
         self._resumed = False
+        self.arrays = Arrays()
+        self.foreign: set[int] = set()  # ids of arrays that were there before the program
+        self.borrowed: list[torch.Tensor] = []  # tensors over the memory of these
 
     def __enter__(self) -> Capture:
         self._begin()
@@ -90,6 +94,11 @@ class Capture:
             if Capture._count == 0:
                 _remove()
 
+    def refusal(self, message: str) -> UnsupportedError:
+        """The error to raise; the capture fails with it also when the program catches it."""
+        self.recorder.refusal = message
+        return UnsupportedError(message)
+
     def owns(self, tensor: Any) -> bool:
         return isinstance(tensor, torch.Tensor) and (
             _C.is_capture_tensor(tensor) or self.recorder.is_liftable(tensor)
@@ -110,14 +119,56 @@ class Capture:
     # ------------------------------------------------------- what handlers answer
 
     def read(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        real = self.recorder.materialize(self.recorder.twin_of(tensor))
+        twin = self.recorder.twin_of(tensor)
+        memory = self._standalone(_copy_of_memory, self.recorder.materialize(twin))
         requires_grad = tensor.requires_grad
         grad_mode = torch.is_grad_enabled()
+        result = self._standalone(_read, func, memory, requires_grad, grad_mode, args, kwargs)
+        if _tree.is_array(result) and _address(result) == memory.data_ptr():
+            # Eager would share the memory; a write that cannot reach the tensor has to fail.
+            result.flags.writeable = False
+            alias = twin.detach()
+            self.arrays.add(result, memory, alias)
+            self.recorder.watch(alias, self._refresh)
+        return result
+
+    def _standalone(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         _running.capture = None
         try:
-            return _C.standalone(_read, func, real, requires_grad, grad_mode, args, kwargs)
+            return _C.standalone(func, *args, **kwargs)
         finally:
             _running.capture = self
+
+    def _refresh(self) -> None:
+        """The program wrote to memory that it has arrays of."""
+        for shared in self.arrays.alive():
+            value = self.recorder.materialize(shared.tensor)
+            self._standalone(_copy_memory, shared.memory, value)
+
+    def from_array(self, func: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """`torch.from_numpy` and its like: a tensor over the memory of an array."""
+        if not _tree.is_array(data):
+            numbers = [self.numbers(a) for a in args]
+            return func(
+                self.numbers(data), *numbers, **{k: self.numbers(v) for k, v in kwargs.items()}
+            )
+        shared = self.arrays.of(data)
+        made = self._standalone(_FROM_NUMPY, data)
+        if shared is None:
+            foreign = id(_owner(data)) in self.foreign
+            made = self.recorder.lift(made, constant=True)
+            if foreign:
+                self.borrowed.append(made)
+        else:
+            dtype, strides = made.dtype, made.stride()
+            if dtype != shared.tensor.dtype or shared.offset % made.itemsize:
+                raise self.refusal(
+                    "the program makes a tensor of another dtype over an array that shares the "
+                    "memory of a tensor: use Tensor.view(dtype)"
+                )
+            offset = shared.tensor.storage_offset() + shared.offset // made.itemsize
+            made = shared.tensor.as_strided(made.shape, strides, offset).data
+        return made if func is _FROM_NUMPY else func(made, *args, **kwargs)
 
     def text(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
         if kwargs or tensor.grad_fn is None:
@@ -207,7 +258,7 @@ class Capture:
         new = self.recorder.twin_of(value)
         if (new.shape, new.dtype, new.stride()) != (twin.shape, twin.dtype, twin.stride()):
             if not _C.is_capture_tensor(tensor):
-                raise UnsupportedError(
+                raise self.refusal(
                     f"an assignment to `.data` changes a tensor of shape {tuple(twin.shape)} and "
                     f"type {twin.dtype} to {tuple(new.shape)} and {new.dtype} during the capture: "
                     "convert the module before the capture"
@@ -234,7 +285,7 @@ class Capture:
             self.gradients[id(tensor)] = (tensor, grad, seen)
             if grad is not None and seen:
                 if not self.recorder.is_liftable(grad):
-                    raise UnsupportedError(
+                    raise self.refusal(
                         f"the program uses a gradient that is {_C.unsupported_kind(grad)}, which "
                         "a graph cannot hold: set it to None, or make it dense, before the call"
                     )
@@ -314,8 +365,8 @@ class Capture:
 
     def refuse(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not _C.is_capture_tensor(tensor):
-            return func(tensor, *args, **kwargs)
-        raise UnsupportedError(
+            return self._standalone(func, tensor, *args, **kwargs)
+        raise self.refusal(
             f"the program wants the memory of a tensor (torch.Tensor.{func.__name__}), and "
             "there is none while it is captured: compute with tensors, or read values with "
             "tolist() or numpy()"
@@ -325,14 +376,84 @@ class Capture:
 def _read(
     func: Any, value: torch.Tensor, requires_grad: bool, grad_mode: bool, args: Any, kwargs: Any
 ) -> Any:
-    # A copy: what the program does to it must not change the value that is guarded.
-    value = value.detach().clone().requires_grad_(requires_grad)
+    value.requires_grad_(requires_grad)
     with torch.set_grad_enabled(grad_mode):
-        result = func(value, *args, **kwargs)
-    if type(result).__module__ == "numpy" and hasattr(result, "flags"):
-        # Eager would share the memory; a write that cannot reach the tensor has to fail.
-        result.flags.writeable = False
-    return result
+        return func(value, *args, **kwargs)
+
+
+def _copy_of_memory(value: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, also where elements are one place in memory."""
+    value = value.detach()
+    if value.numel() == 0 or value.is_conj() or value.is_neg():
+        return value.clone()
+    return _span(value).clone().as_strided(value.shape, value.stride(), 0)
+
+
+def _span(value: torch.Tensor) -> torch.Tensor:
+    extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride()))
+    return value.as_strided((extent,), (1,), value.storage_offset())
+
+
+def _copy_memory(memory: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        memory = memory.detach()
+        if memory.numel() and memory.stride() == value.stride():
+            _span(memory).copy_(_span(value))
+        else:
+            memory.copy_(value)
+
+
+def _address(array: Any) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _owner(array: Any) -> Any:
+    """The array that an array is a view of, in the end."""
+    while _tree.is_array(array.base):
+        array = array.base
+    return array
+
+
+class SharedArray:
+    """An array that shares memory with a tensor of the program.
+
+    Attributes:
+        memory: what the array really lies over, during the capture.
+        tensor: the tensor of the program.
+        offset: in bytes, from the tensor's first element.
+    """
+
+    def __init__(self, memory: torch.Tensor, tensor: torch.Tensor, offset: int) -> None:
+        self.memory = memory
+        self.tensor = tensor
+        self.offset = offset
+
+
+class Arrays:
+    """The arrays that the program was given over the memory of its tensors."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Any], SharedArray]] = {}
+
+    def add(self, array: Any, memory: torch.Tensor, tensor: torch.Tensor) -> None:
+        self._known[id(array)] = (weakref.ref(array), SharedArray(memory, tensor, 0))
+
+    def alive(self) -> list[SharedArray]:
+        return [shared for array, shared in self._known.values() if array() is not None]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [shared.tensor for _array, shared in self._known.values()]
+
+    def of(self, array: Any) -> SharedArray | None:
+        """The tensor that an array, or what it is a view of, came from."""
+        owner = _owner(array)
+        found, shared = self._known.get(id(owner), (None, None))
+        if found is None or shared is None or found() is not owner:
+            return None
+        return SharedArray(shared.memory, shared.tensor, _address(array) - _address(owner))
+
+
+_FROM_NUMPY = torch.from_numpy
 
 
 # The slot itself, also while a capture has the property replaced.
@@ -340,8 +461,6 @@ _grad_of = torch._C.TensorBase.grad.__get__
 _set_grad = torch._C.TensorBase.grad.__set__
 
 _METHODS: dict[str, Callable[..., Any]] = {
-    "tolist": Capture.read,
-    "numpy": Capture.read,
     "__array__": Capture.read,
     "__repr__": Capture.text,
     "__format__": Capture.format,
@@ -351,7 +470,6 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "apply_": Capture.refuse,
     "map_": Capture.refuse,
     "map2_": Capture.refuse,
-    "data_ptr": Capture.refuse,
     "untyped_storage": Capture.refuse,
     "storage": Capture.refuse,
     "share_memory_": Capture.refuse,
@@ -366,10 +484,13 @@ _PROPERTIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 # Their C++ code reads the tensors in nested lists.
 _FROM_DATA = [
     (torch, "tensor"),
-    (torch, "as_tensor"),
-    (torch, "asarray"),
     (torch.Tensor, "new_tensor"),
 ]
+_FROM_ARRAY = {
+    "from_numpy": Capture.from_array,
+    "as_tensor": Capture.from_array,
+    "asarray": Capture.from_array,
+}
 _GENERATOR = {
     "manual_seed": Capture.manual_seed,
     "seed": Capture.seed,
@@ -390,6 +511,24 @@ def _method(original: Any, handler: Callable[..., Any]) -> Any:
         return handler(capture, original, tensor, *args, **kwargs)
 
     return method
+
+
+def _hook(name: str, handler: Callable[..., Any]) -> None:
+    """Like `_method`, for good, and for those too who hold the method by reference."""
+    original = getattr(torch._C.TensorBase, name)
+
+    def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        capture = getattr(_running, "capture", None)
+        if capture is None or not capture.owns(tensor):
+            return NotImplemented
+        return handler(capture, original, tensor, *args, **kwargs)
+
+    _C.hook_method(original, method)
+
+
+_hook("tolist", Capture.read)
+_hook("numpy", Capture.read)
+_hook("data_ptr", Capture.refuse)
 
 
 def _property(original: Any, getter: Any, setter: Any) -> property:
@@ -459,6 +598,8 @@ def _install() -> None:
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
     apply = vars(torch.autograd.Function)["apply"].__func__
     replace(torch.autograd.Function, "apply", classmethod(_function(apply, Capture.apply)))
+    for name, handler in _FROM_ARRAY.items():
+        replace(torch, name, _function(getattr(torch, name), handler))
     for owner, name in _FROM_DATA:
         replace(owner, name, _from_data(getattr(owner, name)))
 
@@ -477,6 +618,14 @@ def _parameters(groups: list[dict[str, Any]]) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
+class SharedStorage(Exception):
+    """The program writes to memory that it reads through several tensors: lift them as views."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+
 class Recording:
     """A finished capture.
 
@@ -488,6 +637,7 @@ class Recording:
         refilled: position in `containers` -> the container, for those the program changed.
         changes: what the program did to its state; taken back already.
         assigned: tensors and what was assigned to their `.data`.
+        arrays: the arrays over the memory of tensors.
         gradients: leaves whose gradient the program read or set: the leaf, its gradient before
             the program, what it is afterwards, and whether the program saw the one before.
         required: tensors whose `requires_grad` the program changed, and what it is now.
@@ -504,6 +654,7 @@ class Recording:
         self.refilled: dict[int, Any] = {}
         self.changes: list[_lift.Change] = []
         self.assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.arrays = Arrays()
         self.gradients: list[
             tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]
         ] = []
@@ -560,6 +711,7 @@ def record(
     Raises:
         FallbackError: an operator that the fallback config names was met.
         UnsupportedError: the program did something a graph cannot hold.
+        SharedStorage: the recording has to be repeated with these tensors in `shared`.
         Exception: whatever the program itself raises.
     """
     if any(isinstance(m, torch.nn.parallel.DistributedDataParallel) for m in state.modules):
@@ -587,6 +739,9 @@ def record(
     capture = Capture(recorder)
     recording = Recording(capture, state)
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
+    recording.arrays = capture.arrays
+    before_program = recording.leaves + [value for _slot, value in state.values]
+    capture.foreign = {id(_owner(v)) for v in before_program if _tree.is_array(v)}
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     foreign = _foreign_random_states()
@@ -594,6 +749,16 @@ def record(
         with capture.generators.in_place_of(state), capture:
             recording.result = fn(*own_args, **own_kwargs)
         _check_foreign_random(foreign)
+    except Exception as error:
+        # What it raised, it may have raised because it read memory that it had written to
+        # through another tensor.
+        shared_writes = _shared_writes(recorder)
+        recorder.release()
+        if shared_writes:
+            raise SharedStorage(shared_writes) from None
+        if not isinstance(error, UnsupportedError):
+            _check_refusal(recorder)
+        raise
     except BaseException:
         recorder.release()
         raise
@@ -605,6 +770,17 @@ def record(
     for user, _twin, constant, _base in recorder.lifted():
         if not constant:
             check_plain(user, "a tensor that the program uses")
+    shared_writes = _shared_writes(recorder)
+    if shared_writes:
+        recorder.release()
+        raise SharedStorage(shared_writes)
+    _check_refusal(recorder)
+    if any(recorder.describe(t).mutated for t in capture.borrowed):
+        recorder.release()
+        raise UnsupportedError(
+            "the program writes to the memory of a numpy array through torch.from_numpy: pass a "
+            "tensor instead of the array"
+        )
     strays = [
         twin
         for user, twin, constant, _base in recorder.lifted()
@@ -692,6 +868,39 @@ def check_plain(tensor: torch.Tensor, what: str) -> None:
         )
 
 
+def _check_refusal(recorder: _C.Recorder) -> None:
+    """A program that catches an `UnsupportedError` has gone a way that eager does not go."""
+    if recorder.refusal:
+        refusal = recorder.refusal
+        recorder.release()
+        raise UnsupportedError(refusal)
+
+
+def _shared_writes(recorder: _C.Recorder) -> list[torch.Tensor]:
+    """Tensors over memory that is written to, where several share it and are no views of it."""
+    lifted = recorder.lifted()
+    storages: dict[tuple[str, int], list[int]] = {}
+    for i, (tensor, _twin, constant, base) in enumerate(lifted):
+        if not constant and base in (-1, i):
+            storage = tensor.untyped_storage()
+            # Two storages over one memory are one; of nothing, only the storage itself.
+            key = ("memory", storage.data_ptr()) if storage.nbytes() else ("of", storage._cdata)
+            storages.setdefault(key, []).append(i)
+    written = [
+        sharing
+        for sharing in storages.values()
+        if len(sharing) > 1 and any(recorder.describe(lifted[i][1]).mutated for i in sharing)
+    ]
+    if any(lifted[i][3] == i for sharing in written for i in sharing):
+        recorder.release()
+        raise UnsupportedError(
+            "the program writes to memory that several of its tensors share without being views of "
+            "one tensor (such as two torch.from_numpy of one array): pass one of them, and derive "
+            "the others inside the program"
+        )
+    return [lifted[i][0] for sharing in written for i in sharing]
+
+
 def _release_kept(recording: Recording) -> None:
     """Give data to the tensors that the program keeps where a replay cannot follow.
 
@@ -702,6 +911,7 @@ def _release_kept(recording: Recording) -> None:
     expected: dict[int, torch.Tensor] = {}  # held, so that no id is given to another object
     roots = [recording.result, recording.containers]
     roots += [c.value for c in recording.changes] + [t for pair in recording.assigned for t in pair]
+    roots.append(recording.arrays.tensors())
     roots += [grad for _tensor, _before, grad, _seen in recording.gradients]
     _reach(roots, expected)
     for user, twin, _constant, _base in recorder.lifted():

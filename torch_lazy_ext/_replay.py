@@ -260,15 +260,21 @@ class Specialization(_C.Variant):
         writes = [w for w in self._lowered.writes if w.root is not None]
         return {tensors[w.index].untyped_storage().data_ptr() for w in writes}
 
-    def _first_values(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _first_values(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
         """What the graph gives, run operator by operator and compared with the recording."""
         with self._first_run:
             recorder = self._recorder
             if recorder is not None:
                 lowered = self._lowered
+                there = [i for i, t in enumerate(tensors) if t is not None]
                 try:
-                    given = recorder.input_values(lowered.parameters)
-                    checked = recorder.run_checked(lowered.roots, 0, given, inputs)
+                    checked = recorder.run_checked(
+                        lowered.roots,
+                        0,
+                        recorder.input_values(there),
+                        [tensors[i] for i in there],
+                        lowered.end,
+                    )
                 except ExtractionError:
                     raise
                 except Exception as e:
@@ -290,7 +296,7 @@ class Specialization(_C.Variant):
                 self._recorder = None
                 self._checked = True
                 return checked.values
-        return self._program.run(inputs)
+        return self._program.run([tensors[i] for i in self._lowered.parameters])
 
     def _finish(
         self,
@@ -456,6 +462,30 @@ class _Results:
         _tree.fill(value, source.shape, [self(c) for c in source.children])
         return value
 
+    def _strided(self, source: _lower.FromStrided) -> torch.Tensor:
+        tensor = self.tensors[source.index]
+        if source.alias:
+            tensor = tensor.data
+        if tensor.dtype != source.dtype:
+            count = tensor.untyped_storage().nbytes() // tensor.itemsize
+            tensor = tensor.as_strided((count,), (1,), 0).view(source.dtype)
+        tensor = tensor.as_strided(source.sizes, source.strides, source.offset)
+        if source.conj:
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if source.neg else tensor
+
+    def _array(self, source: _lower.FromArray) -> Any:
+        tensor = self(source.tensor)
+        storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        memory = storage.numpy()
+        return type(memory)(
+            shape=source.shape,
+            dtype=source.dtype,
+            buffer=memory,
+            offset=tensor.storage_offset() * tensor.itemsize + source.offset,
+            strides=source.strides,
+        )
+
     def _tensor(self, source: _lower.Source) -> Any:
         if isinstance(source, _lower.FromRoot):
             value = self.values[source.root]
@@ -472,7 +502,9 @@ class _Results:
         if isinstance(source, _lower.FromView):
             return source.views.apply(self(source.base))
         if isinstance(source, _lower.FromStrided):
-            return self(source.member).as_strided(source.sizes, source.strides, source.offset)
+            return self._strided(source)
+        if isinstance(source, _lower.FromArray):
+            return self._array(source)
         if isinstance(source, _lower.FromArgument):
             return self.containers[source.position]
         if isinstance(source, _lower.Copied):
@@ -493,10 +525,14 @@ def _capture(
 ) -> tuple[_C.Recorder, _lower.Lowered]:
     shared: list[torch.Tensor] = []
     while True:
-        recording = _record.record(fn, args, kwargs, state, shared, verify_layouts)
+        try:
+            recording = _record.record(fn, args, kwargs, state, shared, verify_layouts)
+        except _record.SharedStorage as request:
+            shared += request.tensors
+            continue
         try:
             return recording.recorder, _lower.lower(recording, state)
-        except _lower.SharedStorage as request:
+        except _record.SharedStorage as request:
             fresh = [t for t in request.tensors if not any(t is known for known in shared)]
             if not fresh:
                 raise UnsupportedError(

@@ -263,6 +263,13 @@ def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
     return walk(value), containers
 
 
+def is_array(value: Any) -> bool:
+    """Whether it is a numpy array, without a need for numpy."""
+    return type(value).__module__ == "numpy" and hasattr(value, "__array_interface__") and (
+        hasattr(value, "base")
+    )
+
+
 def same(a: Any, b: Any) -> bool:
     """Equality of leaves as a program can tell them apart: 1, 1.0, True differ, nan equals nan."""
     if a is b:

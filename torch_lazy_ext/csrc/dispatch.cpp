@@ -7,9 +7,12 @@
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/core/Reduction.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 
 namespace tle {
@@ -279,9 +282,27 @@ uint32_t version_of(const at::Tensor& t) {
   return t.is_inference() ? 0 : static_cast<uint32_t>(t._version());
 }
 
-uintptr_t storage_of(const at::Tensor& t) {
-  return reinterpret_cast<uintptr_t>(
-      fi::unsafeGetFunctionalWrapper(t)->unsafe_storage().unsafeGetStorageImpl());
+// Whether elements of a tensor can be one place in memory: not when each stride is larger
+// than all that the smaller ones reach.
+bool may_overlap_itself(const at::Tensor& t) {
+  if (t.numel() < 2 || t.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  std::vector<std::pair<int64_t, int64_t>> dims; // (stride, size)
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1) {
+      dims.emplace_back(t.stride(d), t.size(d));
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reached = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reached) {
+      return true;
+    }
+    reached += stride * (size - 1);
+  }
+  return false;
 }
 
 // A functional tensor that an operator writes to.
@@ -292,29 +313,17 @@ struct Written {
   size_t position; // among all tensors that the operator writes to
 };
 
-std::vector<Written> written_to(
-    Recorder& recorder,
-    const c10::OperatorHandle& op,
-    const Stack& stack,
-    size_t begin) {
+std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
   std::vector<Written> out;
   const c10::FunctionSchema& schema = op.schema();
   if (!schema.is_mutable() || op.hasTag(at::Tag::inplace_view)) {
     return out;
   }
-  // These write to overlapping memory, as documented; all others refuse.
-  const bool may_overlap = schema.name().find("index_put") != std::string::npos;
   size_t position = 0;
   auto add = [&](const at::Tensor& t) {
-    if (t.defined() && !may_overlap) {
-      at::assert_no_internal_overlap(t.unsafeGetTensorImpl());
-    } else if (t.defined() && at::has_internal_overlap(t.unsafeGetTensorImpl()) == at::MemOverlap::Yes) {
-      throw Unsupported(c10::str(
-          schema.operator_name(),
-          " writes to several elements of one memory location (at ",
-          recorder.describe(recorder.current_source()),
-          "): clone the tensor before"));
-    }
+    TORCH_CHECK(
+        !t.defined() || !may_overlap_itself(t),
+        "several elements of the tensor that is written to are one place in memory.");
     if (t.defined() && fi::isFunctionalTensor(t)) {
       fi::sync(t);
       out.push_back({t, fi::from_functional_tensor(t), version_of(t), position});
@@ -331,6 +340,13 @@ std::vector<Written> written_to(
       add(v.toTensor());
     } else if (v.isTensorList()) {
       for (const at::Tensor& t : v.toTensorVector()) {
+        // Eager's kernel is a loop, and sees in one round what it wrote in another.
+        TORCH_CHECK(
+            !fi::isFunctionalTensor(t) ||
+                std::none_of(out.begin(), out.end(), [&](const Written& w) {
+                  return storage_of(w.tensor) == storage_of(t);
+                }),
+            "tensors of a list that is written to share memory.");
         add(t);
       }
     }
@@ -359,6 +375,7 @@ void restore_strides(const Written& w) {
   fi::commit_update(w.tensor);
   fi::sync(w.tensor);
 }
+
 
 void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
   if (c10::impl::TorchDispatchModeTLS::stack_len() > recorder.dispatch_modes) {
@@ -394,6 +411,180 @@ bool is_view_of_custom_operator(const c10::OperatorHandle& op) {
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
 
+// Records an operator whose tensor arguments are twins. Returns whether it went through
+// the dispatcher, and not through other operators in its place.
+bool record_lifted(
+    Recorder& recorder,
+    const c10::OperatorHandle& op,
+    Stack* stack,
+    size_t begin) {
+  if (const auto* read = data_arguments(op)) {
+    for (size_t i : *read) {
+      map_tensors(stack, begin + i, begin + i + 1, [&](const at::Tensor& t) {
+        return value_of_this_run(recorder, t);
+      });
+    }
+  }
+  if (is_view_of_custom_operator(op)) {
+    const at::Tensor view = view_as_strided(recorder, op, *stack, begin);
+    stack->resize(begin);
+    stack->emplace_back(view);
+    return false;
+  }
+  if (replace(recorder, op, stack)) {
+    return false;
+  }
+  std::vector<Written> written = written_to(op, *stack, begin);
+  if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view)) {
+    rehearse(recorder, op, *stack, begin);
+  }
+  // Through the dispatcher once more, which computes the keys of the twins.
+  lifted_arguments = true;
+  auto id_of = [](const at::Tensor& t) { return reinterpret_cast<uintptr_t>(storage_of(t)); };
+  if (has_no_functional_variant(op)) {
+    c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
+    op.callBoxed(stack);
+    for (const Written& w : written) {
+      recorder.custom_writes.push_back(
+          {recorder.last_write,
+           w.position,
+           id_of(w.tensor),
+           static_cast<int64_t>(version_of(w.tensor) - w.version)});
+    }
+  } else {
+    op.callBoxed(stack);
+  }
+  for (const Written& w : written) {
+    TORCH_CHECK(
+        w.tensor.sizes() == w.before.sizes() ||
+            fi::unsafeGetFunctionalWrapper(w.tensor)->view_metas().empty(),
+        "the result has another shape than the tensor that it is put in, which is a view.");
+    restore_strides(w);
+    if (w.tensor.is_inference()) {
+      // Of a custom operator the first run tells.
+      recorder.inference_writes[id_of(w.tensor)] += has_no_functional_variant(op) ? 0 : 1;
+    } else if (
+        w.tensor._version() == w.version &&
+        op.schema().name().rfind("aten::_foreach_", 0) == 0) {
+      // Eager's kernel is a loop of in-place operators.
+      w.tensor.unsafeGetTensorImpl()->bump_version();
+    }
+    const auto watched = recorder.watched.find(storage_of(w.tensor));
+    if (watched != recorder.watched.end()) {
+      watched->second();
+    }
+  }
+  return true;
+}
+
+// Not an interrupt, and not an exit, on its way through an operator.
+bool is_error(const std::exception& e) {
+  const auto* python = dynamic_cast<const python_error*>(&e);
+  if (python == nullptr || python->type == nullptr) {
+    return true;
+  }
+  pybind11::gil_scoped_acquire gil;
+  return PyErr_GivenExceptionMatches(python->type, PyExc_Exception) != 0;
+}
+
+// A real tensor laid out like `value`, with its values, or with zeros.
+at::Tensor stand_in(const at::Tensor& value, bool zeros) {
+  int64_t extent = value.numel() == 0 ? 0 : 1;
+  for (int64_t d = 0; d < value.dim() && extent > 0; ++d) {
+    extent += (value.size(d) - 1) * value.stride(d);
+  }
+  at::Tensor t = at::zeros({extent}, value.options()).as_strided(value.sizes(), value.strides());
+  if (!zeros && !may_overlap_itself(t)) {
+    t.copy_(value);
+  }
+  return t;
+}
+
+// Called while an exception is handled: an operator could not be recorded. The operator
+// itself, on real tensors, tells what eager does: raise its own error, in its own words, or
+// what recording cannot express.
+void raise_as_eager(
+    Recorder& recorder,
+    const c10::OperatorHandle& op,
+    const Stack& arguments,
+    const std::string& message) {
+  std::vector<std::pair<ValueRef, at::Tensor>> read;
+  Stack real = arguments, zeros = arguments;
+  bool known = true;
+  bool differentiated = false;
+  for_each_tensor(arguments, arguments.size(), [&](const at::Tensor& t) {
+    differentiated = differentiated || (at::GradMode::is_enabled() && t.requires_grad());
+  });
+  auto fill = [&](Stack* stack, bool with_zeros) {
+    map_tensors(stack, 0, stack->size(), [&](const at::Tensor& t) {
+      if (!is_captured(t)) {
+        known = known && !fi::isFunctionalTensor(t) && t.has_storage() && !t.is_meta();
+        return t;
+      }
+      at::Tensor inner = t;
+      if (fi::isFunctionalTensor(t)) {
+        fi::sync(t);
+        inner = fi::from_functional_tensor(t);
+      }
+      const ValueRef v = as_capture(inner)->value;
+      const at::Tensor value = recorder.materialize(v);
+      StandaloneGuard alone;
+      if (!with_zeros) {
+        read.emplace_back(v, value);
+      }
+      return stand_in(value, with_zeros);
+    });
+  };
+  fill(&real, false);
+  fill(&zeros, true);
+  if (!known) {
+    return;
+  }
+  std::vector<std::pair<at::Generator, at::Tensor>> generators;
+  auto keep = [&](const at::Generator& g) { generators.emplace_back(g, g.get_state()); };
+  keep(at::detail::getDefaultCPUGenerator());
+  for (const IValue& v : arguments) {
+    if (v.isGenerator()) {
+      keep(v.toGenerator());
+    }
+  }
+  // What the call raises, or nothing.
+  auto attempt = [&](Stack* stack) -> std::exception_ptr {
+    std::exception_ptr error;
+    try {
+      StandaloneGuard alone;
+      op.callBoxed(stack);
+    } catch (const std::exception&) {
+      error = std::current_exception();
+    }
+    for (auto& [g, state] : generators) {
+      g.set_state(state);
+    }
+    return error;
+  };
+  const std::exception_ptr error = attempt(&real);
+  if (!error && differentiated) {
+    return; // what autograd refuses, it refuses in eager too
+  }
+  if (!error) {
+    throw Unsupported(c10::str(
+        op.schema().operator_name(),
+        " cannot be recorded (at ",
+        recorder.describe(recorder.current_source()),
+        "): ",
+        message,
+        " Keep this part outside of the captured program"));
+  }
+  recorder.eager_raised = true;
+  if (message_of(error) != message_of(attempt(&zeros))) {
+    // The program may catch the error, and go on because of it.
+    for (auto& [value, expected] : read) {
+      recorder.add_value_guard(value, expected);
+    }
+  }
+  std::rethrow_exception(error);
+}
+
 void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
   Recorder* recorder = Recorder::current();
   const size_t nargs = op.schema().arguments().size();
@@ -407,6 +598,14 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   }
   const std::string& name = op.schema().name();
   check_expressible(*recorder, op);
+  if (op.hasTag(at::Tag::inplace_view) && !recorder->rebound.empty() &&
+      recorder->rebound.count((*stack)[begin].toTensor().unsafeGetTensorImpl()) != 0) {
+    throw Unsupported(c10::str(
+        op.schema().operator_name(),
+        " changes the shape of a tensor after an assignment to its `.data` (at ",
+        recorder->describe(recorder->current_source()),
+        "): change the shape before the assignment"));
+  }
   if (name == "aten::lift_fresh" || name == "aten::lift") {
     // A tensor the program has just made from Python data.
     const at::Tensor t = (*stack)[begin].toTensor();
@@ -445,50 +644,19 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
     }
     return twin;
   });
-  if (const auto* read = data_arguments(op)) {
-    for (size_t i : *read) {
-      map_tensors(stack, begin + i, begin + i + 1, [&](const at::Tensor& t) {
-        return value_of_this_run(*recorder, t);
-      });
+  const Stack arguments(stack->begin() + static_cast<int64_t>(begin), stack->end());
+  recorder->eager_raised = false;
+  try {
+    if (!record_lifted(*recorder, op, stack, begin)) {
+      return;
     }
-  }
-  if (is_view_of_custom_operator(op)) {
-    const at::Tensor view = view_as_strided(*recorder, op, *stack, begin);
-    stack->resize(begin);
-    stack->emplace_back(view);
-    return;
-  }
-  if (replace(*recorder, op, stack)) {
-    return;
-  }
-  std::vector<Written> written = written_to(*recorder, op, *stack, begin);
-  if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view)) {
-    rehearse(*recorder, op, *stack, begin);
-  }
-  // Through the dispatcher once more, which computes the keys of the twins.
-  lifted_arguments = true;
-  if (has_no_functional_variant(op)) {
-    c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
-    op.callBoxed(stack);
-    for (const Written& w : written) {
-      recorder->custom_writes.push_back(
-          {recorder->last_write,
-           w.position,
-           storage_of(w.tensor),
-           static_cast<int64_t>(version_of(w.tensor) - w.version)});
+  } catch (const Unsupported&) {
+    throw;
+  } catch (const std::exception& e) {
+    if (!recorder->eager_raised && is_error(e)) {
+      raise_as_eager(*recorder, op, arguments, message_of(e));
     }
-  } else {
-    op.callBoxed(stack);
-  }
-  for (const Written& w : written) {
-    restore_strides(w);
-    if (w.tensor.is_inference()) {
-      // Of a custom operator the first run tells.
-      recorder->inference_writes[storage_of(w.tensor)] += has_no_functional_variant(op) ? 0 : 1;
-    } else if (w.tensor._version() == w.version && name.rfind("aten::_foreach_", 0) == 0) {
-      // Eager's kernel is a loop of in-place operators.
-      w.tensor.unsafeGetTensorImpl()->bump_version();
-    }
+    throw;
   }
   for_each_tensor(*stack, stack->size() - begin, [&](const at::Tensor& t) {
     if (t.defined()) {

@@ -2,6 +2,7 @@
 #include "call.h"
 #include "compile.h"
 #include "lower.h"
+#include "methods.h"
 #include "record.h"
 
 #include <ATen/FunctionalTensorWrapper.h>
@@ -32,6 +33,7 @@ struct Described {
   bool constant = false; // which is a constant
   int64_t base_lifted = -1; // the lifted tensor whose storage it shares
   uintptr_t storage = 0; // identity of the functional storage
+  bool shares_version = false; // with that lifted tensor: a write to one counts for the other
   bool mutated = false; // the storage saw a mutation
   bool metadata_mutated = false;
   bool storage_changed = false;
@@ -39,6 +41,21 @@ struct Described {
   ValueRef value;
   ViewSequence views;
 };
+
+// Whether two tensors count their versions together, as views of one tensor do.
+bool share_version_counter(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_inference() || b.is_inference()) {
+    return true; // there is nothing to count
+  }
+  c10::VariableVersion one = a.unsafeGetTensorImpl()->version_counter();
+  const c10::VariableVersion other = b.unsafeGetTensorImpl()->version_counter();
+  const auto before = one.current_version();
+  const auto other_before = other.current_version();
+  one.bump();
+  const bool same = other.current_version() != other_before;
+  one.set_version(before);
+  return same;
+}
 
 Described describe_tensor(Recorder& r, const at::Tensor& t) {
   Described d;
@@ -77,6 +94,8 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
       break;
     }
   }
+  d.shares_version =
+      d.base_lifted >= 0 && share_version_counter(seen, r.inputs[d.base_lifted].twin);
   d.mutated = wrapper->has_data_mutation();
   d.metadata_mutated = wrapper->has_metadata_mutation();
   d.storage_changed = wrapper->was_storage_changed();
@@ -123,6 +142,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("constant", &Described::constant)
       .def_readonly("base_lifted", &Described::base_lifted)
       .def_readonly("storage", &Described::storage)
+      .def_readonly("shares_version", &Described::shares_version)
       .def_readonly("mutated", &Described::mutated)
       .def_readonly("metadata_mutated", &Described::metadata_mutated)
       .def_readonly("storage_changed", &Described::storage_changed)
@@ -156,8 +176,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
           },
           "Lift every tensor over the storage of this one as a view of the storage.")
+      .def(
+          "watch",
+          [](Recorder& r, const at::Tensor& t, py::function written) {
+            auto call = std::make_shared<py::function>(std::move(written));
+            r.watched[storage_of(t)] = [call] {
+              py::gil_scoped_acquire gil;
+              (*call)();
+            };
+          },
+          "Call a function after each write to the memory of a tensor.")
       .def("alive", &Recorder::alive)
       .def_readwrite("verify_layouts", &Recorder::verify_layouts)
+      .def_readwrite("refusal", &Recorder::refusal)
       .def(
           "random_calls",
           [](const Recorder& r) {
@@ -171,10 +202,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              const std::vector<ValueRef>& roots,
              int64_t begin,
              const std::vector<ValueRef>& given,
-             const std::vector<at::Tensor>& values) {
+             const std::vector<at::Tensor>& values,
+             int64_t all_before) {
             py::gil_scoped_release no_gil;
-            return r.run_checked(roots, begin, given, values);
-          })
+            return r.run_checked(roots, begin, given, values, all_before);
+          },
+          py::arg("roots"),
+          py::arg("begin"),
+          py::arg("given"),
+          py::arg("values"),
+          py::arg("all_before") = 0)
       .def(
           "input_values",
           [](const Recorder& r, const std::vector<int64_t>& inputs) {
@@ -343,6 +380,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return fn(*args, **kwargs);
       },
       "Call `fn` as if there were no capture, no autograd and no mode of any kind.");
+  m.def(
+      "hook_method",
+      [](const py::object& method, const py::object& handler) {
+        hook_method(method.ptr(), handler.ptr());
+      },
+      "Let calls of a method in a capturing thread ask `handler` first.");
   m.def("whole_storage", [](const at::Tensor& t) { return whole_storage(t); });
   m.def("unsupported_kind", &unsupported_kind);
   m.def(

@@ -27,6 +27,8 @@ namespace fi = at::functionalization::impl;
 namespace {
 
 thread_local Recorder* current_recorder = nullptr;
+// The same, also while something runs standalone.
+thread_local Recorder* capturing_recorder = nullptr;
 PyObject* unsupported_type = nullptr;
 
 // What has to be out of the way when an operator runs for itself (on meta or on
@@ -59,11 +61,6 @@ at::Tensor strided_copy(const at::Tensor& t) {
   return at::empty_strided(t.sizes(), t.strides(), t.options()).copy_(t);
 }
 
-std::string message_of(const std::exception& e) {
-  const auto* error = dynamic_cast<const c10::Error*>(&e);
-  return error == nullptr ? e.what() : error->what_without_backtrace();
-}
-
 at::Generator generator_of(const OperatorCall& call) {
   for (const Argument& a : call.arguments) {
     if (a.kind == ArgKind::Constant && a.constant.isGenerator()) {
@@ -90,6 +87,28 @@ StandaloneGuard::StandaloneGuard()
 StandaloneGuard::~StandaloneGuard() {
   current_recorder = recorder_;
   at::impl::PythonTorchFunctionTLS::set_disabled_state(torch_function_);
+}
+
+std::string message_of(const std::exception& e) {
+  const auto* error = dynamic_cast<const c10::Error*>(&e);
+  return error == nullptr ? e.what() : error->what_without_backtrace();
+}
+
+std::string message_of(const std::exception_ptr& e) {
+  if (!e) {
+    return "";
+  }
+  try {
+    std::rethrow_exception(e);
+  } catch (const std::exception& error) {
+    return message_of(error);
+  }
+}
+
+Unsupported::Unsupported(const std::string& message) : PyTorchError(message) {
+  if (capturing_recorder != nullptr) {
+    capturing_recorder->refusal = message;
+  }
 }
 
 PyObject* Unsupported::python_type() {
@@ -155,7 +174,7 @@ void Recorder::enter() {
   TORCH_CHECK(!entered_ && !finished_, "a recorder serves one capture");
   TORCH_CHECK(current_recorder == nullptr, "a capture is already running on this thread");
   entered_ = true;
-  current_recorder = this;
+  current_recorder = capturing_recorder = this;
   default_dtype_ = c10::typeMetaToScalarType(c10::get_default_dtype());
   dispatch_modes = c10::impl::TorchDispatchModeTLS::stack_len();
   previous_reapply_ = fi::getFunctionalizationReapplyViewsTLS();
@@ -169,7 +188,7 @@ void Recorder::exit() {
   }
   entered_ = false;
   finished_ = true;
-  current_recorder = nullptr;
+  current_recorder = capturing_recorder = nullptr;
   set_included(false);
   fi::setFunctionalizationReapplyViewsTLS(previous_reapply_);
 }
@@ -273,6 +292,10 @@ at::Tensor Recorder::make_tensor(ValueRef value, bool wrap_functional) {
   at::Tensor t =
       at::detail::make_tensor<CaptureTensorImpl>(shared_from_this(), value, meta_of(value));
   return wrap_functional ? fi::to_functional_tensor(t) : t;
+}
+
+c10::StorageImpl* storage_of(const at::Tensor& functional) {
+  return fi::unsafeGetFunctionalWrapper(functional)->unsafe_storage().unsafeGetStorageImpl();
 }
 
 at::Tensor whole_storage(const at::Tensor& tensor, std::optional<at::ScalarType> dtype) {
@@ -417,9 +440,6 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
 }
 
 at::Tensor Recorder::whole_storage_of(const at::Tensor& tensor) const {
-  const auto storage_of = [](const at::Tensor& t) {
-    return fi::unsafeGetFunctionalWrapper(t)->unsafe_storage().unsafeGetStorageImpl();
-  };
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (inputs[i].base == static_cast<int64_t>(i) &&
         storage_of(inputs[i].twin) == storage_of(tensor) &&
@@ -615,6 +635,7 @@ void Recorder::release() {
   input_by_impl.clear();
   input_by_twin.clear();
   rebound.clear();
+  watched.clear();
   made.clear();
 }
 
@@ -866,8 +887,24 @@ bool is_check(const OperatorCall& call) {
 
 } // namespace
 
+namespace {
+
+bool is_not_implemented(const std::exception& e) {
+  if (dynamic_cast<const c10::NotImplementedError*>(&e) != nullptr) {
+    return true;
+  }
+  const auto* python = dynamic_cast<const python_error*>(&e);
+  if (python == nullptr || python->type == nullptr) {
+    return false;
+  }
+  pybind11::gil_scoped_acquire gil;
+  return PyErr_GivenExceptionMatches(python->type, PyExc_NotImplementedError) != 0;
+}
+
+} // namespace
+
 std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device device) {
-  inference_error_.clear();
+  inference_failed_ = false;
   if (call.op.hasTag(at::Tag::dynamic_output_shape) ||
       call.op.hasTag(at::Tag::data_dependent_output) || is_check(call)) {
     return std::nullopt;
@@ -899,7 +936,7 @@ std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device dev
   } catch (const std::exception& e) {
     // No meta kernel, or the program's own mistake: the real operator decides, and
     // an error of the program leaves as the operator's own exception.
-    inference_error_ = message_of(e);
+    inference_failed_ = !is_not_implemented(e);
     return std::nullopt;
   }
   results.insert(results.end(), written.begin(), written.end());
@@ -910,6 +947,21 @@ std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device dev
   }
   shape_cache().insert(key, out);
   return out;
+}
+
+std::string Recorder::error_on_zeros(const OperatorCall& call) {
+  StandaloneGuard alone;
+  Stack stack;
+  call.push(stack, [&](const ValueRef& v) {
+    const at::Tensor& value = node(v.node).values[v.index];
+    return at::empty_strided(value.sizes(), value.strides(), value.options()).zero_();
+  });
+  try {
+    call.op.callBoxed(&stack);
+  } catch (const std::exception& e) {
+    return message_of(e);
+  }
+  return "";
 }
 
 Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
@@ -938,12 +990,12 @@ Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
       StandaloneGuard alone;
       results = run(call);
     } catch (const std::exception& e) {
-      // The program may catch the error, and go on because of it. What shape inference
-      // raises in the same words depends on no values.
-      if (inference_error_.find(message_of(e)) != std::string::npos) {
-        throw;
+      eager_raised = true;
+      // The program may catch the error, and go on because of it. What shape inference and
+      // zeros run into too depends on no values.
+      if (!inference_failed_ || message_of(e) != error_on_zeros(call)) {
+        call.for_each_value([&](const ValueRef& v) { add_value_guard(v, materialize(v)); });
       }
-      call.for_each_value([&](const ValueRef& v) { add_value_guard(v, materialize(v)); });
       throw;
     }
   }
@@ -1033,14 +1085,15 @@ Checked Recorder::run_checked(
     const std::vector<ValueRef>& roots,
     int64_t begin,
     const std::vector<ValueRef>& given,
-    const std::vector<at::Tensor>& values) {
+    const std::vector<at::Tensor>& values,
+    int64_t all_before) {
   const int64_t count = static_cast<int64_t>(nodes.size());
   std::vector<int64_t> last_use(count, -1);
   for (const ValueRef& r : roots) {
     last_use[r.node] = count;
   }
   for (int64_t i = count - 1; i >= begin; --i) {
-    if (node(i).random()) {
+    if (node(i).random() || i < all_before) {
       last_use[i] = std::max(last_use[i], i);
     }
     if (last_use[i] >= 0 && node(i).call) {
@@ -1058,6 +1111,9 @@ Checked Recorder::run_checked(
   // As a replay runs, so that views of the inputs share their version counters.
   c10::AutoGradMode no_grad(false);
   for (size_t k = 0; k < given.size(); ++k) {
+    if (given[k].node < 0) {
+      continue; // a view of another input
+    }
     GenericNode& n = node(given[k].node);
     n.values.resize(n.metas.size());
     n.values[given[k].index] = values[k];

@@ -9,6 +9,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 
+#include <functional>
 #include <map>
 #include <string>
 #include <tuple>
@@ -123,11 +124,13 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   at::Tensor materialize(ValueRef value);
   // Runs the nodes from `begin` on, given the values of what they read of earlier ones, and
   // compares what each operator gives with what shape inference said.
+  // The nodes before `all_before` run also when no root needs them: eager raises their errors.
   Checked run_checked(
       const std::vector<ValueRef>& roots,
       int64_t begin,
       const std::vector<ValueRef>& given,
-      const std::vector<at::Tensor>& values);
+      const std::vector<at::Tensor>& values,
+      int64_t all_before);
   bool depends_on_tangent(const OperatorCall& call);
   void add_value_guard(ValueRef value, const at::Tensor& expected);
 
@@ -158,6 +161,12 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> made;
   // Run every operator while it is recorded, and learn what its meta kernel has wrong.
   bool verify_layouts = false;
+  // The exception on its way up is the one that eager would raise.
+  bool eager_raised = false;
+  // Called after a write to one of these storages of functional tensors.
+  std::unordered_map<c10::StorageImpl*, std::function<void()>> watched;
+  // What the program was refused, also when it caught the error.
+  std::string refusal;
   std::vector<Guard> guards;
   std::vector<CustomWrite> custom_writes;
   int64_t last_write = -1; // the last node that writes to its arguments
@@ -181,6 +190,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   c10::Device device_of(const OperatorCall& call);
   std::optional<Outputs> infer(const OperatorCall& call, c10::Device device);
   Outputs observe(const OperatorCall& call, c10::Device device);
+  std::string error_on_zeros(const OperatorCall& call);
   void learn(const OperatorCall& call, c10::Device device, const Outputs& real);
   void note_forced_fallback(const OperatorCall& call);
   at::Tensor make_tensor(ValueRef value, bool wrap_functional);
@@ -198,7 +208,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::unordered_map<c10::GeneratorImpl*, at::Tensor> rng_states_;
   std::vector<int64_t> drawn_; // nodes that draw from the default generator
   int64_t position_ = -1; // the next of them to be drawn again, or -1
-  std::string inference_error_; // what the last meta kernel said, or nothing
+  bool inference_failed_ = false; // the last meta kernel raised an error about its arguments
   at::ScalarType default_dtype_ = at::kFloat; // when the capture began
   bool previous_reapply_ = false;
   bool entered_ = false;
@@ -224,12 +234,19 @@ class StandaloneGuard {
 // Calls a kernel as autograd does when `grad_mode` is on.
 void call_operator(const c10::OperatorHandle& op, bool grad_mode, torch::jit::Stack& stack);
 
-// Leaves C++ as torch_lazy_ext.UnsupportedError.
+// Leaves C++ as torch_lazy_ext.UnsupportedError. The running capture remembers it.
 struct Unsupported : public torch::PyTorchError {
-  using PyTorchError::PyTorchError;
+  explicit Unsupported(const std::string& message);
   PyObject* python_type() override;
 };
+
+// The text of an error, as Python shows it.
+std::string message_of(const std::exception& e);
+std::string message_of(const std::exception_ptr& e); // nothing for none
 void set_unsupported_type(PyObject* type);
+
+// The storage of a functional tensor, which tells what shares memory with it.
+c10::StorageImpl* storage_of(const at::Tensor& functional);
 
 // The whole storage of a tensor as one flat tensor, of the tensor's own dtype or another.
 at::Tensor whole_storage(
