@@ -16,7 +16,6 @@ from torch_lazy_ext import _C, _lift, _tree
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._record import Recording, SharedStorage, check_plain
 
-
 # ------------------------------------------------- where a replay takes a result from
 
 

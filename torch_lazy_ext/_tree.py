@@ -265,8 +265,10 @@ def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
 
 def is_array(value: Any) -> bool:
     """Whether it is a numpy array, without a need for numpy."""
-    return type(value).__module__ == "numpy" and hasattr(value, "__array_interface__") and (
-        hasattr(value, "base")
+    return (
+        type(value).__module__ == "numpy"
+        and hasattr(value, "__array_interface__")
+        and (hasattr(value, "base"))
     )
 
 

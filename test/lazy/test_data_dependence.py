@@ -38,8 +38,7 @@ Program = Callable[..., Any]
 Way = Callable[[], tuple[Any, ...]]
 
 # What cannot pass yet: test -> reason. An entry that passes fails its test.
-EXPECTED_FAILURES: dict[str, str] = {
-}
+EXPECTED_FAILURES: dict[str, str] = {}
 
 
 def expected(cls: type) -> type:
