@@ -310,6 +310,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             twin = lifted[write.index][1]
             sources.differentiable.append((FromRoot(write.root), twin))
     num_exposed = len(roots.values)
+    _check_sharing(recorder, lifted, writes)
     end = len(recorder)
     backward, spent = None, []
     if sources.differentiable:

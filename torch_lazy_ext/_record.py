@@ -740,7 +740,8 @@ def record(
     recording = Recording(capture, state)
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     recording.arrays = capture.arrays
-    before_program = recording.leaves + [value for _slot, value in state.values]
+    before_program = _tree.flatten((args, kwargs)).leaves
+    before_program += [value for _slot, value in state.values]
     capture.foreign = {id(_owner(v)) for v in before_program if _tree.is_array(v)}
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]

@@ -267,6 +267,7 @@ class Specialization(_C.Variant):
             if recorder is not None:
                 lowered = self._lowered
                 there = [i for i, t in enumerate(tensors) if t is not None]
+                inputs = [tensors[i] for i in lowered.parameters]
                 try:
                     checked = recorder.run_checked(
                         lowered.roots,

@@ -436,7 +436,14 @@ bool record_lifted(
   }
   std::vector<Written> written = written_to(op, *stack, begin);
   if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view)) {
-    rehearse(recorder, op, *stack, begin);
+    try {
+      rehearse(recorder, op, *stack, begin);
+    } catch (const Unsupported&) {
+      throw;
+    } catch (...) {
+      recorder.eager_raised = true; // the stand-ins are eager tensors
+      throw;
+    }
   }
   // Through the dispatcher once more, which computes the keys of the twins.
   lifted_arguments = true;
