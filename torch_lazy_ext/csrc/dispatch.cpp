@@ -323,7 +323,7 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
   auto add = [&](const at::Tensor& t) {
     TORCH_CHECK(
         !t.defined() || !may_overlap_itself(t),
-        "several elements of the tensor that is written to are one place in memory.");
+        "several elements of the tensor that is written to are one place in memory: clone it before.");
     if (t.defined() && fi::isFunctionalTensor(t)) {
       fi::sync(t);
       out.push_back({t, fi::from_functional_tensor(t), version_of(t), position});
