@@ -83,6 +83,7 @@ FACTORIES = {
 
 REGULARIZERS = {
     "dropout": lambda x: F.dropout(x, 0.5),
+    "dropout_transposed": lambda x: F.dropout(x.t(), 0.5),
     "dropout_one": lambda x: F.dropout(x, 1.0),
     "dropout_zero": lambda x: F.dropout(x, 0.0),
     "dropout_in_place": lambda x: F.dropout(x * 1, 0.5, inplace=True),

@@ -270,9 +270,14 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   return false;
 }
 
-// Writes to its arguments, and functionalization knows no variant that does not.
-bool has_no_functional_variant(const c10::OperatorHandle& op) {
+// Writes to its arguments, and functionalization knows no variant that does not, or one that
+// does something else.
+bool has_no_functional_variant(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
   const c10::FunctionSchema& schema = op.schema();
+  if (schema.name() == "aten::bernoulli_") {
+    // Its functional variant draws for a contiguous tensor.
+    return !stack[begin].toTensor().is_contiguous();
+  }
   return schema.is_mutable() && schema.name().compare(0, 6, "aten::") != 0 &&
       !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
@@ -448,7 +453,8 @@ bool record_lifted(
   // Through the dispatcher once more, which computes the keys of the twins.
   lifted_arguments = true;
   auto id_of = [](const at::Tensor& t) { return reinterpret_cast<uintptr_t>(storage_of(t)); };
-  if (has_no_functional_variant(op)) {
+  const bool alone = has_no_functional_variant(op, *stack, begin);
+  if (alone) {
     c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
     op.callBoxed(stack);
     for (const Written& w : written) {
@@ -469,7 +475,7 @@ bool record_lifted(
     restore_strides(w);
     if (w.tensor.is_inference()) {
       // Of a custom operator the first run tells.
-      recorder.inference_writes[id_of(w.tensor)] += has_no_functional_variant(op) ? 0 : 1;
+      recorder.inference_writes[id_of(w.tensor)] += alone ? 0 : 1;
     } else if (
         w.tensor._version() == w.version &&
         op.schema().name().rfind("aten::_foreach_", 0) == 0) {

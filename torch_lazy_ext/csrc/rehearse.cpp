@@ -106,7 +106,7 @@ bool overlap(const Operand& a, const Operand& b) {
 
 // The words of errors about dtypes and about memory; others may be due to the stand-ins' values.
 bool is_about_operands(const std::string& message) {
-  for (const char* words : {"cast", "dtype", "scalar type", "memory location"}) {
+  for (const char* words : {"be cast", "dtype", "scalar type", "memory location"}) {
     if (message.find(words) != std::string::npos) {
       return true;
     }
