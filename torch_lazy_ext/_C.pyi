@@ -27,6 +27,7 @@ __all__: list[str] = [
     "Variant",
     "ViewSequence",
     "capturing",
+    "hook_method",
     "is_capture_tensor",
     "lower",
     "same_bits",
@@ -65,6 +66,8 @@ class Described:
     @property
     def mutated(self) -> bool: ...
     @property
+    def shares_version(self) -> bool: ...
+    @property
     def storage(self) -> int: ...
     @property
     def storage_changed(self) -> bool: ...
@@ -95,6 +98,7 @@ class Checked:
 
 class Recorder:
     reads_offset: bool
+    refusal: str
     verify_layouts: bool
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
@@ -131,10 +135,11 @@ class Recorder:
         """
     def run_checked(
         self,
-        arg0: collections.abc.Sequence[ValueRef],
-        arg1: int,
-        arg2: collections.abc.Sequence[ValueRef],
-        arg3: collections.abc.Sequence[torch.Tensor],
+        roots: collections.abc.Sequence[ValueRef],
+        begin: int,
+        given: collections.abc.Sequence[ValueRef],
+        values: collections.abc.Sequence[torch.Tensor],
+        all_before: int = 0,
     ) -> Checked: ...
     def seek(self, arg0: int) -> None: ...
     def share_storage(self, arg0: torch.Tensor) -> None:
@@ -146,6 +151,10 @@ class Recorder:
         For each lifted tensor, the leaf of the capture that its gradient belongs to.
         """
     def twin_of(self, arg0: torch.Tensor) -> torch.Tensor: ...
+    def watch(self, arg0: torch.Tensor, arg1: collections.abc.Callable[..., typing.Any]) -> None:
+        """
+        Call a function after each write to the memory of a tensor.
+        """
     @property
     def fallbacks(self) -> list[tuple[str, int, str]]: ...
     @property
@@ -277,6 +286,11 @@ class PythonProgram(Runnable):
     def __init__(self, arg0: typing.Any) -> None: ...
 
 def capturing() -> bool: ...
+def hook_method(arg0: typing.Any, arg1: typing.Any) -> None:
+    """
+    Let calls of a method in a capturing thread ask `handler` first.
+    """
+
 def is_capture_tensor(arg0: torch.Tensor) -> bool: ...
 def lower(
     recorder: Recorder,
