@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _lift, _tree
+from torch_lazy_ext import _C, _collectives, _lift, _tree
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
+from torch_lazy_ext._number import Number
 
 _C.set_unsupported_error(UnsupportedError)
 
@@ -51,6 +52,7 @@ class Capture:
         self.required: dict[int, torch.Tensor] = {}
         self.ran_backward = False
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
+        self.data_parallel = _collectives.DataParallel(self.adopt)
         self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, numbers drawn so far
         self._furthest = 0  # how many were drawn before the state was put back
 
@@ -112,6 +114,24 @@ class Capture:
         finally:
             _running.capture = self
 
+    def twin_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.recorder.twin_of(tensor)
+
+    def observe(self, tensor: torch.Tensor) -> Any:
+        return self.read(torch._C.TensorBase.item, tensor)
+
+    def item(self, func: Any, tensor: torch.Tensor) -> Any:
+        twin = self.twin_of(tensor)
+        about = self.recorder.describe(twin)
+        if (
+            not tensor.is_floating_point()
+            or tensor.numel() != 1
+            or not self.recorder.depends_on_input(about.value)
+        ):
+            return func(tensor)
+        with torch.no_grad():
+            return Number(torch.ops.torch_lazy_ext.item(twin), self)
+
     def text(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
         if kwargs or tensor.grad_fn is None:
             return self.read(func, tensor, **kwargs)
@@ -130,6 +150,8 @@ class Capture:
 
     def numbers(self, data: Any) -> Any:
         """Python data with a number in the place of each tensor, for C++ code that reads them."""
+        if isinstance(data, Number):
+            return float(data)
         if not isinstance(data, (list, tuple)):
             return data
         return [
@@ -138,6 +160,18 @@ class Capture:
             else self.numbers(v)
             for v in data
         ]
+
+    def fused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        # PyTorch's own call would ask for the value of each float.
+        numbers = [(name, v) for name, v in kwargs.items() if isinstance(v, Number)]
+        known = {name: 0.0 if isinstance(v, Number) else v for name, v in kwargs.items()}
+        _C.call_with_numbers(f"aten::{func.__name__}", args, known, numbers)
+
+    def lbfgs(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "torch.optim.LBFGS decides by the values of loss and gradients how often it calls its "
+            "closure: extract what the closure calls, and leave the optimizer outside"
+        )
 
     def get_rng_state(self, func: Any, *args: Any) -> torch.Tensor:
         state = func(*args)
@@ -280,6 +314,17 @@ class Capture:
             memo[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
         return memo[id(tensor)]
 
+    def collective(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.owns(tensor):
+            return func(tensor, *args, **kwargs)
+        return _collectives.FUNCTIONS[func.__name__](tensor, *args, **kwargs)
+
+    def wait(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+
+    def forward_data_parallel(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.data_parallel.forward(*args, **kwargs)
+
     def refuse(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not _C.is_capture_tensor(tensor):
             return func(tensor, *args, **kwargs)
@@ -309,6 +354,7 @@ _set_grad = torch._C.TensorBase.grad.__set__
 
 _METHODS: dict[str, Callable[..., Any]] = {
     "tolist": Capture.read,
+    "item": Capture.item,
     "numpy": Capture.read,
     "__array__": Capture.read,
     "__repr__": Capture.text,
@@ -344,6 +390,7 @@ _GENERATOR = {
     "get_rng_state": Capture.get_rng_state,
     "set_rng_state": Capture.set_rng_state,
 }
+_FUSED = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
 _MISSING = object()
 _replaced: list[tuple[Any, str, Any]] = []
 
@@ -372,6 +419,8 @@ def _from_data(original: Any) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
         capture = getattr(_running, "capture", None)
         if capture is not None:
+            if args and isinstance(args[0], Number) and not kwargs.keys() - {"dtype", "device"}:
+                return args[0].tensor(kwargs.get("dtype") or torch.get_default_dtype())
             args = tuple(capture.numbers(a) for a in args)
             kwargs = {k: capture.numbers(v) for k, v in kwargs.items()}
         return original(*args, **kwargs)
@@ -403,6 +452,22 @@ def _install() -> None:
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
         replace(torch, name, function)
+    for name in _FUSED:
+        replace(torch, name, _function(getattr(torch, name), Capture.fused))
+    if torch.distributed.is_available():
+        for name in _collectives.FUNCTIONS:
+            function = _function(getattr(torch.distributed, name), Capture.collective)
+            replace(torch.distributed, name, function)
+            replace(torch.distributed.distributed_c10d, name, function)
+        functional = sys.modules.get("torch.distributed._functional_collectives")
+        if functional is not None:
+            wait = _function(functional._maybe_wrap_tensor, Capture.wait)
+            replace(functional, "_maybe_wrap_tensor", wait)
+        parallel = torch.nn.parallel.DistributedDataParallel
+        replace(
+            parallel, "forward", _function(parallel.forward, Capture.forward_data_parallel)
+        )
+    replace(torch.optim.LBFGS, "step", _function(torch.optim.LBFGS.step, Capture.lbfgs))
     for owner in (torch.nn.Module, torch.optim.Optimizer):
         replace(owner, "zero_grad", _function(owner.zero_grad, Capture.zero_grad))
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
@@ -511,12 +576,7 @@ def record(
         UnsupportedError: the program did something a graph cannot hold.
         Exception: whatever the program itself raises.
     """
-    if any(isinstance(m, torch.nn.parallel.DistributedDataParallel) for m in state.modules):
-        raise UnsupportedError(
-            "DistributedDataParallel works with autograd hooks, which a graph cannot hold: capture "
-            "the module, and wrap its graph: "
-            "DistributedDataParallel(extract_compiled_graph(module, args).as_module())"
-        )
+    _collectives.refuse_sharded(state.modules)
     recorder = _C.Recorder()
     recorder.verify_layouts = verify_layouts
     for tensor in shared:
@@ -544,6 +604,7 @@ def record(
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     foreign = _foreign_random_states()
+    state.put_numbers(lambda tensor: Number(tensor, capture))
     try:
         with capture:
             recording.result = fn(*own_args, **own_kwargs)
@@ -702,6 +763,8 @@ def _reach(values: list[Any], tensors: dict[int, torch.Tensor]) -> None:
     stack = list(values)
     while stack:
         value = stack.pop()
+        if isinstance(value, Number):
+            value = value.node.number
         if isinstance(value, torch.Tensor):
             tensors[id(value)] = value
             if value._is_view():

@@ -86,6 +86,33 @@ bool is_factory(const c10::FunctionSchema& schema, const Stack& stack) {
   return false;
 }
 
+bool has_number(const Stack& stack, size_t nargs) {
+  return std::any_of(stack.end() - static_cast<int64_t>(nargs), stack.end(), [](const IValue& v) {
+    return v.isSymFloat() ||
+        (v.isList() && std::any_of(v.toListRef().begin(), v.toListRef().end(), [](const IValue& e) {
+           return e.isSymFloat();
+         }));
+  });
+}
+
+// Puts any float in the place of each number that the graph computes.
+void forget_numbers(Stack* stack, size_t nargs) {
+  for (size_t i = stack->size() - nargs; i < stack->size(); ++i) {
+    IValue& v = (*stack)[i];
+    if (v.isSymFloat()) {
+      v = 1.0;
+    } else if (v.isList()) {
+      c10::impl::GenericList list = v.toList().copy();
+      for (size_t k = 0; k < list.size(); ++k) {
+        if (list.get(k).isSymFloat()) {
+          list.set(k, 1.0);
+        }
+      }
+      v = std::move(list);
+    }
+  }
+}
+
 void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
   const size_t nargs = op.schema().arguments().size();
   Recorder* recorder = Recorder::current();
@@ -96,9 +123,14 @@ void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stac
       any_tensor = any_tensor || t.defined();
       any_capture = any_capture || is_captured(t);
     });
-    if (any_capture || (!any_tensor && is_factory(op.schema(), *stack))) {
+    const bool any_number = has_number(*stack, nargs);
+    if (any_capture || (!any_tensor && any_number) || (!any_tensor && is_factory(op.schema(), *stack))) {
       recorder->record(op, stack);
       return;
+    }
+    if (any_number) {
+      // Functionalization tries in-place operators on meta tensors; they want a float.
+      forget_numbers(stack, nargs);
     }
   }
   c10::impl::ExcludeDispatchKeyGuard guard(DispatchKey::Fake);
@@ -227,12 +259,24 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   return false;
 }
 
-// Writes to its arguments, and functionalization knows no variant that does not.
-bool has_no_functional_variant(const c10::OperatorHandle& op) {
+// The optimizers' fused kernels. Their float arguments may be numbers that the graph computes,
+// which PyTorch's kernels on the way (autograd, functionalization) would ask for their values.
+bool is_fused(const c10::OperatorHandle& op) {
+  return op.schema().is_mutable() && op.schema().name().rfind("aten::_fused_", 0) == 0;
+}
+
+// Writes to its arguments, and functionalization knows no variant that does not, or one that
+// does something else.
+bool has_no_functional_variant(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
   const c10::FunctionSchema& schema = op.schema();
-  return schema.is_mutable() && schema.name().compare(0, 6, "aten::") != 0 &&
-      !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
-      !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
+  if (schema.name() == "aten::bernoulli_") {
+    // Its functional variant draws for a contiguous tensor.
+    return !stack[begin].toTensor().is_contiguous();
+  }
+  return is_fused(op) ||
+      (schema.is_mutable() && schema.name().compare(0, 6, "aten::") != 0 &&
+       !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
+       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd));
 }
 
 // A functional tensor that an operator writes to.
@@ -328,6 +372,15 @@ void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
         "tracers (make_fx, torch.func.linearize) out of the program"));
   }
   const c10::FunctionSchema& schema = op.schema();
+  if (schema.name().compare(0, 6, "c10d::") == 0) {
+    throw Unsupported(c10::str(
+        schema.operator_name(),
+        " talks to other processes (at ",
+        recorder.describe(recorder.current_source()),
+        ") in a way that cannot be recorded: call torch.distributed.all_reduce, broadcast, "
+        "all_gather_into_tensor or reduce_scatter_tensor as attributes of torch.distributed, or "
+        "torch.distributed._functional_collectives"));
+  }
   const bool returns_alias = std::any_of(
       schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
         return r.alias_info() != nullptr && !r.alias_info()->isWrite();
@@ -407,15 +460,18 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   }
   // Through the dispatcher once more, which computes the keys of the twins.
   lifted_arguments = true;
-  if (has_no_functional_variant(op)) {
-    c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
+  if (has_no_functional_variant(op, *stack, begin)) {
+    const DispatchKeySet above = DispatchKeySet(DispatchKey::Functionalize) |
+        (is_fused(op) ? c10::autograd_dispatch_keyset_with_ADInplaceOrView : DispatchKeySet());
+    c10::impl::ExcludeDispatchKeyGuard skip(above);
     op.callBoxed(stack);
   } else {
     op.callBoxed(stack);
   }
   for (const Written& w : written) {
     restore_strides(w);
-    if (w.tensor._version() == w.version && name.rfind("aten::_foreach_", 0) == 0) {
+    const bool loops = name.rfind("aten::_foreach_", 0) == 0 || is_fused(op);
+    if (w.tensor._version() == w.version && loops) {
       // Eager's kernel is a loop of in-place operators.
       w.tensor.unsafeGetTensorImpl()->bump_version();
     }

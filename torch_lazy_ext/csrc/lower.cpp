@@ -140,7 +140,21 @@ class Lowering {
     if (a.kind == ArgKind::Tensor) {
       return operand();
     }
+    if (a.kind == ArgKind::Number) {
+      return number();
+    }
+    if (a.kind == ArgKind::WrappedNumber) {
+      return graph_->insert(
+          c10::Symbol::fromQualString("torch_lazy_ext::wrapped_number"), {number()});
+    }
     std::vector<Value*> elements;
+    if (a.kind == ArgKind::NumberList) {
+      for (size_t k = 0; k < a.values.size(); ++k) {
+        elements.push_back(
+            a.values[k].node >= 0 ? number() : graph_->insertConstant(a.constant.toListRef()[k]));
+      }
+      return graph_->insertNode(graph_->createList(c10::NumberType::get(), elements))->output();
+    }
     for (const ValueRef& v : a.values) {
       elements.push_back(v.node >= 0 ? operand() : graph_->insertConstant(c10::IValue()));
     }
@@ -152,6 +166,10 @@ class Lowering {
 
   Value* operand() {
     return context_.GetOutputOp(node_.operand(next_operand_++));
+  }
+
+  Value* number() {
+    return graph_->insert(c10::aten::Float, {operand()});
   }
 
   Value* copy(Value* value, const Argument& argument) {
@@ -222,7 +240,9 @@ Lowered lower(
     size_t num_exposed,
     int64_t begin,
     int64_t end,
-    const std::vector<ValueRef>& boundary) {
+    const std::vector<ValueRef>& boundary,
+    bool random,
+    bool collectives) {
   const int64_t count = static_cast<int64_t>(recorder.nodes.size());
   std::set<std::pair<int64_t, int64_t>> boundary_set;
   for (const ValueRef& v : boundary) {
@@ -244,8 +264,9 @@ Lowered lower(
   }
   for (int64_t i = count - 1; i >= 0; --i) {
     GenericNode& n = recorder.node(i);
-    // A random node moves the generator even when nobody uses its numbers.
-    if (n.random() && lowered_here(i)) {
+    // A random node moves the generator even when nobody uses its numbers, and a collective
+    // has other processes wait for it.
+    if (((n.random() && random) || (n.collective() && collectives)) && lowered_here(i)) {
       live[i] = 1;
     }
     if (live[i] != 0 && n.call) {
@@ -299,7 +320,7 @@ Lowered lower(
     result.graph->registerOutput(context.GetOutputOp(output_of(r)));
   }
   for (int64_t i = 0; i < count; ++i) {
-    if (live[i] != 0 && recorder.node(i).random()) {
+    if (live[i] != 0 && recorder.node(i).pinned()) {
       // The executor drops what nobody uses: an output keeps it.
       Value* v = context.GetOutputOp(torch::lazy::Output(&recorder.node(i), 0));
       if (!v->hasUses()) {

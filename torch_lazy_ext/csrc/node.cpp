@@ -29,7 +29,7 @@ torch::lazy::hash_t hash_seed(const OperatorCall& call) {
       h = HashCombine(h, hash_t(v.node < 0 ? int64_t{-1} : v.index));
     }
   }
-  return call.random ? HashCombine(h, hash_t(call.serial)) : h;
+  return call.random || call.collective ? HashCombine(h, hash_t(call.serial)) : h;
 }
 
 } // namespace
@@ -64,6 +64,10 @@ GenericNode::GenericNode(
       list_lengths(std::move(list_lengths_)),
       depends_on_input(call->depends_on_input),
       depends_on_tangent(call->depends_on_tangent) {}
+
+double number_of(const at::Tensor& t) {
+  return t.is_meta() ? 1.0 : *t.const_data_ptr<double>();
+}
 
 torch::lazy::hash_t hash_constant(const c10::IValue& v) {
   using torch::lazy::DataHash;

@@ -204,6 +204,10 @@ struct Unsupported : public torch::PyTorchError {
 };
 void set_unsupported_type(PyObject* type);
 
+// The capture tensor behind a Python float of the capture (torch_lazy_ext._number.Number) or
+// behind the tensor that PyTorch wraps it in; an undefined tensor for anything else.
+at::Tensor number_behind(const c10::IValue& value);
+
 // The whole storage of a tensor as one flat tensor of its dtype.
 at::Tensor whole_storage(const at::Tensor& tensor);
 
