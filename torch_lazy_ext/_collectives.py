@@ -164,5 +164,3 @@ def refuse_sharded(modules: list[nn.Module]) -> None:
                 "torch.distributed.all_gather_into_tensor before the forward and "
                 "reduce_scatter_tensor on the gradients; or use DistributedDataParallel"
             )
-
-

@@ -339,7 +339,9 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     if sources.differentiable:
         differentiable = sources.differentiable
         # What a backward needs is gone when it has run, or may have been written to.
-        if recording.ran_backward or any(t.requires_grad and t._version for _t, t, _c, _b in lifted):
+        if recording.ran_backward or any(
+            t.requires_grad and t._version for _t, t, _c, _b in lifted
+        ):
             differentiable, spent = _unspent(recorder, differentiable)
         wrt = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
         if differentiable and wrt:

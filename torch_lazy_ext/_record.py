@@ -464,9 +464,7 @@ def _install() -> None:
             wait = _function(functional._maybe_wrap_tensor, Capture.wait)
             replace(functional, "_maybe_wrap_tensor", wait)
         parallel = torch.nn.parallel.DistributedDataParallel
-        replace(
-            parallel, "forward", _function(parallel.forward, Capture.forward_data_parallel)
-        )
+        replace(parallel, "forward", _function(parallel.forward, Capture.forward_data_parallel))
     replace(torch.optim.LBFGS, "step", _function(torch.optim.LBFGS.step, Capture.lbfgs))
     for owner in (torch.nn.Module, torch.optim.Optimizer):
         replace(owner, "zero_grad", _function(owner.zero_grad, Capture.zero_grad))

@@ -967,10 +967,6 @@ expected_failures(
 )(OutsideChangeTest)
 expected_failures(
     {
-    }
-)(InsideChangeTest)
-expected_failures(
-    {
         "test_lazy_linear": "a module with uninitialized parameters has to run once before the capture",
     }
 )(StructureTest)

@@ -244,9 +244,7 @@ def makeoptimizer(name: str, kind: str, options: dict[str, Any]) -> Optimizers:
     flags = {"foreach": kind == "foreach"}
     if name in FUSED:
         flags["fused"] = kind == "fused"
-    return lambda parameters: getattr(torch.optim, name)(
-        parameters, lr=0.02, **flags, **options
-    )
+    return lambda parameters: getattr(torch.optim, name)(parameters, lr=0.02, **flags, **options)
 
 
 def expected_captures(name: str, kind: str, options: dict[str, Any]) -> int:
@@ -296,9 +294,9 @@ def looped(
     def make() -> Training:
         model = make_model()
         optimizer = make_optimizer(model.parameters())
-        after: Callable[[], Any] = lambda: None
-        if make_scheduler is not None:
-            after = make_scheduler(optimizer).step
+        if make_scheduler is None:
+            return Training(step_of(model, optimizer), [model], [optimizer])
+        after = make_scheduler(optimizer).step
         return Training(step_of(model, optimizer), [model], [optimizer], after)
 
     return make
@@ -397,7 +395,11 @@ def returning_numbers(model: nn.Module, optimizer: torch.optim.Optimizer) -> Cal
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        return {"loss": loss.item(), "twice": 2 * loss.item(), "lr": optimizer.param_groups[0]["lr"]}
+        return {
+            "loss": loss.item(),
+            "twice": 2 * loss.item(),
+            "lr": optimizer.param_groups[0]["lr"],
+        }
 
     return step
 
@@ -481,9 +483,7 @@ class LoopTest(TrainingTestCase):
 
     test_accumulation = maketest(looped(accumulating), mlp_inputs)
     # The first call finds no gradients.
-    test_accumulation_over_calls = maketest(
-        looped(accumulating_over_calls), mlp_inputs, captures=2
-    )
+    test_accumulation_over_calls = maketest(looped(accumulating_over_calls), mlp_inputs, captures=2)
     test_zeroing = maketest(looped(zeroing), mlp_inputs, captures=2)
     test_clip_norm = maketest(looped(clipping_norm), mlp_inputs)
     test_clip_value = maketest(looped(clipping_value), mlp_inputs)
@@ -552,14 +552,11 @@ class LoopTest(TrainingTestCase):
         graph = extract_compiled_graph(first.step, batches[0])
         for batch in batches[: STEPS // 2]:
             graph(*batch)
+        models = copy.deepcopy(first.models[0].state_dict())
+        optimizers = copy.deepcopy(first.optimizers[0].state_dict())
         for training in (first, second):  # into itself, and into a new one
-            if training is second:
-                second.models[0].load_state_dict(copy.deepcopy(models))
-                second.optimizers[0].load_state_dict(copy.deepcopy(optimizers))
-            else:
-                models = copy.deepcopy(first.models[0].state_dict())
-                optimizers = copy.deepcopy(first.optimizers[0].state_dict())
-                first.optimizers[0].load_state_dict(copy.deepcopy(optimizers))
+            training.models[0].load_state_dict(models)
+            training.optimizers[0].load_state_dict(copy.deepcopy(optimizers))
             resumed = graph if training is first else extract_compiled_graph(training.step, batch)
             for batch in batches[STEPS // 2 :]:
                 resumed(*batch)

@@ -1,6 +1,6 @@
 """Training steps per second and peak memory: eager, extracted, torch.compile.
 
-    python tools/benchmark/training_step.py [mlp transformer ...] [--contestants eager extracted ...]
+    python tools/benchmark/training_step.py [mlp transformer ...] [--contestants eager ...]
 
 Each contestant runs in a process of its own, so that peak memory (the high-water mark of the
 resident set, above what it was before the first step) is its own. `compile model` compiles the
