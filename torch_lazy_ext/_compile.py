@@ -11,6 +11,10 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import warnings
 import weakref
@@ -20,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_lazy_ext import _C, _fx
+from torch_lazy_ext import _C, _fx, _native
 from torch_lazy_ext._errors import ExtractionError
 
 BACKENDS = ("torchscript", "fx", "inductor", "tiered")
@@ -124,36 +128,37 @@ class Compiler:
             return
         threads = torch.get_num_threads()  # every thread has a number of its own
         if self.backend == "inductor":
-            self._compile(graph, frozen, threads, place)
-        else:
-            _in_background(lambda: self._compile(graph, frozen, threads, place))
+            self._compile(_here, graph, frozen, threads, place)
+            return
+        _in_background(lambda: self._compile(_elsewhere, graph, frozen, threads, place))
 
     def _compile(
         self,
+        compile: Callable[[fx.GraphModule, dict[int, torch.Tensor], int], _native.Code],
         graph: Graph,
         frozen: dict[int, torch.Tensor],
         threads: int,
         place: weakref.ref[_C.Switch],
     ) -> None:
-        from torch_lazy_ext import _inductor  # a second, which the other backends save
-
         try:
             if graph.unsuitable:
-                raise _inductor.Unsuitable(graph.unsuitable)
-            compiled = _inductor.compile(_fx.graph_module(graph.graph), frozen, threads)
+                raise _native.Unsuitable(graph.unsuitable)
+            module = _fx.graph_module(graph.graph)
+            code = compile(module, frozen, threads)
         except Exception as e:
             self._stays(graph, e)
             return
         switch = place()
         if switch is not None:
-            first = functools.partial(self._first_run, graph, compiled, place, switch.target)
+            first = functools.partial(self._first_run, graph, module, code, place, switch.target)
             switch.target = _C.PythonProgram(first)
             graph.runs_on = "inductor"
 
     def _first_run(
         self,
         graph: Graph,
-        compiled: Any,
+        module: fx.GraphModule,
+        code: _native.Code,
         place: weakref.ref[_C.Switch],
         script: _C.Runnable,
         inputs: list[torch.Tensor],
@@ -162,15 +167,16 @@ class Compiler:
         state = torch.get_rng_state()
         switch = place()
         assert switch is not None
-        outputs = compiled.program.run(inputs)
+        program = code.program()
+        outputs = program.run(inputs)
         try:
-            compiled.check(inputs, outputs)
+            code.check(module, inputs, outputs)
         except Exception as e:
             torch.set_rng_state(state)
             self._stays(graph, e)
             switch.target = script
             return script.run(inputs)
-        switch.target = compiled.program
+        switch.target = program
         return outputs
 
     def _stays(self, graph: Graph, error: Exception) -> None:
@@ -228,9 +234,7 @@ class _Frozen:
     def _worth_freezing(self) -> list[int]:
         if self.compiler.backend == "torchscript":
             return _foldable(self.graph.module, self.graph.weights)
-        from torch_lazy_ext import _inductor
-
-        return _inductor.worth_freezing(self.graph.module, self.graph.weights)
+        return _native.worth_freezing(self.graph.module, self.graph.weights)
 
     def _watch(self, inputs: list[torch.Tensor]) -> None:
         program = self.program()
@@ -302,6 +306,12 @@ def _with_constants(graph: torch._C.Graph, frozen: dict[int, torch.Tensor]) -> t
     return graph
 
 
+def _here(module: fx.GraphModule, frozen: dict[int, torch.Tensor], threads: int) -> _native.Code:
+    from torch_lazy_ext import _inductor  # a second, which the other backends save
+
+    return _inductor.compile(module, frozen, threads)
+
+
 def _in_background(work: Callable[[], None]) -> None:
     """Run `work` in a thread that does not hold up the end of the process."""
 
@@ -311,7 +321,9 @@ def _in_background(work: Callable[[], None]) -> None:
         finally:
             atexit.unregister(stop)
 
-    thread = threading.Thread(target=run, name="torch_lazy_ext: inductor", daemon=True)
+    thread = threading.Thread(
+        target=run, name="torch_lazy_ext: waits for the compiler", daemon=True
+    )
     stop = functools.partial(_stop, thread)
     atexit.register(stop)
     thread.start()
@@ -323,7 +335,35 @@ def _stop(thread: threading.Thread) -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
         )
-        thread.join(timeout=1)
+        thread.join(timeout=5)
+
+
+def _elsewhere(
+    module: fx.GraphModule, frozen: dict[int, torch.Tensor], threads: int
+) -> _native.Code:
+    """Compile in another process. It ends with this one, whatever it is doing then."""
+    _native.check_suitable(module)  # not worth a process
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = os.path.join(folder, "request"), os.path.join(folder, "answer")
+        torch.save((_fx.dump(module), frozen, threads), request)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch_lazy_ext._worker", request, answer],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,  # closed when this process ends, however it does
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        atexit.register(process.kill)  # runs before the end of this thread, which waits here
+        try:
+            status = process.wait()
+        finally:
+            atexit.unregister(process.kill)
+        if status != 0:
+            raise RuntimeError(f"its process ended with status {status}")
+        code: _native.Code | str = torch.load(answer, weights_only=False)
+    if isinstance(code, str):
+        raise RuntimeError(code)
+    return code
 
 
 def _interpreted(module: fx.GraphModule) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:

@@ -7,8 +7,10 @@ fake tensor that says what the recording knows (`meta["val"]`) and the user's li
 
 from __future__ import annotations
 
+import dataclasses
 import linecache
 import operator
+import pickle
 from typing import Any
 
 import torch
@@ -131,10 +133,12 @@ def _overload(source: torch._C.Node) -> torch._ops.OpOverload:
     schema = _text.schema_of(source)
     if schema is None:
         raise ExtractionError(f"{source.kind()} in a lowered graph is no operator of PyTorch's")
-    namespace, _, name = schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name)
-    overload: torch._ops.OpOverload = getattr(packet, schema.overload_name or "default")
-    return overload
+    return _overload_named(schema.name, schema.overload_name)
+
+
+def _overload_named(name: str, overload: str) -> torch._ops.OpOverload:
+    namespace, _, base = name.partition("::")
+    return getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
 
 
 def _argument(argument: torch._C.Argument, value: Any) -> Any:
@@ -199,3 +203,79 @@ def _stack_trace(source: torch._C.Node) -> str:
         return ""
     code = linecache.getline(file, int(line)).strip()
     return f'  File "{file}", line {line}, in <program>\n    {code}\n'
+
+
+# --- between processes -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """A node, by its position in the graph."""
+
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """A fake tensor: which of the graph's storages it looks at, and how."""
+
+    storage: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+def dump(module: fx.GraphModule) -> bytes:
+    """A graph as `graph_module` makes it, without generators, for `load` in another process."""
+    positions = {n: i for i, n in enumerate(module.graph.nodes)}
+    storages: dict[int, int] = {}
+
+    def layout(val: Any) -> Any:
+        if isinstance(val, torch.Tensor):
+            storage = storages.setdefault(val.untyped_storage()._cdata, len(storages))
+            return _Layout(
+                storage, val.dtype, tuple(val.shape), tuple(val.stride()), int(val.storage_offset())
+            )
+        return type(val)(layout(v) for v in val) if isinstance(val, (list, tuple)) else val
+
+    nodes = []
+    for n in module.graph.nodes:
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda m: _Reference(positions[m]))
+        target = n.target.name() if isinstance(n.target, torch._ops.OpOverload) else n.target
+        nodes.append((n.op, target, args, dict(kwargs), layout(n.meta.get("val"))))
+    return pickle.dumps(nodes)
+
+
+def load(data: bytes) -> fx.GraphModule:
+    """The graph that `dump` wrote, with fake tensors of its own."""
+    nodes: list[fx.Node] = []
+    storages: dict[int, torch.UntypedStorage] = {}
+    graph = fx.Graph()
+
+    def fake(val: Any) -> Any:
+        if isinstance(val, (list, tuple)):
+            return type(val)(fake(v) for v in val)
+        if not isinstance(val, _Layout):
+            return val
+        if val.storage not in storages:
+            tensor = torch.empty_strided(val.sizes, val.strides, dtype=val.dtype)
+            storages[val.storage] = tensor.untyped_storage()
+            return tensor
+        view = torch.empty(0, dtype=val.dtype)
+        return view.set_(storages[val.storage], val.offset, val.sizes, val.strides)
+
+    def resolved(value: Any) -> Any:
+        return fx.node.map_aggregate(
+            value, lambda v: nodes[v.position] if isinstance(v, _Reference) else v
+        )
+
+    with FakeTensorMode(), torch.no_grad():
+        for op, target, args, kwargs, val in pickle.loads(data):
+            if isinstance(target, str) and op == "call_function":
+                name, _, overload = target.partition(".")
+                target = _overload_named(name, overload)
+            node = graph.create_node(op, target, resolved(args), resolved(kwargs))
+            node.meta["val"] = fake(val)
+            nodes.append(node)
+    return fx.GraphModule(torch.nn.Module(), graph, "CapturedGraph")

@@ -8,7 +8,6 @@ its C++ entry point (`_C.NativeProgram`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,27 +29,10 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from torch_lazy_ext import _C, _fx
+from torch_lazy_ext import _native
 
 aten = torch.ops.aten
 
-
-class Unsuitable(Exception):
-    """A graph that Inductor is not given; the message says why."""
-
-
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-# Inductor packs the weights of these ahead of time, or folds them into those of a neighbour.
-_PACKING = {
-    aten.convolution.default,
-    aten._convolution.default,
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit_no_training.default,
-}
-# From this many multiplications on, a product is faster in the library that eager calls, on the
-# weight as it is, than as generated code or on a weight packed by that library. Below, the call of
-# the library costs more than the product.
-_LARGE_PRODUCT = 1 << 20
 
 _SETTINGS = {
     "cpp_wrapper": True,
@@ -66,107 +48,36 @@ _FROZEN_SETTINGS = {"freezing": True}
 _SMALL_PRODUCTS_SETTINGS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
 
 
-Plan = tuple[bool, int, tuple[list[int], list[int], int] | None]
-
-
-@dataclasses.dataclass
-class Compiled:
-    """Native code of a graph.
-
-    Attributes:
-        plans: for each output, whether it comes from an input, which input or which of the code's
-            outputs, and sizes, strides and offset of a view of that.
-    """
-
-    module: fx.GraphModule
-    program: _C.NativeProgram
-    plans: list[Plan]
-
-    def check(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        """Is every output of a run laid out, and does it share memory, as the graph says?
-
-        Raises:
-            RuntimeError: it is not.
-        """
-        given = {t.untyped_storage()._cdata for t in inputs}
-        made: dict[int, int] = {}  # storage -> which of the code's outputs it is
-        for k, (node, output, plan) in enumerate(
-            zip(self.module.graph.output_node().args[0], outputs, self.plans)
-        ):
-            val = node.meta["val"]
-            if (output.shape, output.dtype) != (val.shape, val.dtype) or (
-                output.numel() > 0 and _steps(output) != _steps(val)
-            ):
-                raise RuntimeError(
-                    f"Inductor's output {k} is {output.dtype}{list(output.shape)} with strides "
-                    f"{output.stride()}, and not {val.dtype}{list(val.shape)} with {val.stride()}"
-                )
-            from_input, index, _view = plan
-            storage = output.untyped_storage()._cdata
-            if not from_input and (storage in given or made.setdefault(storage, index) != index):
-                raise RuntimeError(f"Inductor's output {k} shares memory with another tensor")
-
-
-def worth_freezing(module: fx.GraphModule, weights: list[int]) -> list[int]:
-    """Those of the inputs `weights` whose values, as constants, make faster code.
-
-    These are weights that an operator packs or folds, or that something other than a view is
-    computed of without any other input. An embedding's table, for one, is read as it is.
-    """
-    packing = _PACKING if _has_large_products(module) else _PACKING | _PRODUCTS
-    placeholders = list(module.graph.find_nodes(op="placeholder"))
-    constant = {placeholders[i] for i in weights}
-    for node in module.graph.nodes:
-        operands = node.all_input_nodes
-        if node.op == "call_function" and operands and constant.issuperset(operands):
-            constant.add(node)
-
-    def is_worth_it(node: fx.Node) -> bool:
-        return any(
-            is_worth_it(user)
-            if user in constant and _fx.makes_views(user.target)
-            else user in constant or user.target in packing
-            for user in node.users
-        )
-
-    return [i for i in weights if is_worth_it(placeholders[i])]
-
-
-def _has_large_products(module: fx.GraphModule) -> bool:
-    for node in module.graph.nodes:
-        if node.target in _PRODUCTS:
-            *_sum, left, _right = node.args[:3]
-            if node.meta["val"].numel() * left.meta["val"].shape[-1] >= _LARGE_PRODUCT:
-                return True
-    return False
-
-
 def compile(
     module: fx.GraphModule,
     frozen: dict[int, torch.Tensor],
     threads: int,
-) -> Compiled:
+    *,
+    portable: bool = False,
+) -> _native.Code:
     """Compile a graph.
-
-    Leaves the random number generator alone, so that it can run beside the program.
 
     Args:
         module: a graph as `_fx.graph_module` gives it.
         frozen: for some of the inputs, the value that becomes part of the code.
         threads: how many the code runs in.
+        portable: constants must be tensors that can be written to a file, which those are not that
+            oneDNN lays out for a convolution.
 
     Raises:
         Unsuitable: the graph holds what Inductor does not compile as eager computes it.
     """
-    _check_suitable(module)
-    owners, plans = _outputs(module)
+    _native.check_suitable(module)
+    owners, plans = _native.outputs_of(module)
     if not owners:
-        raise Unsuitable("nothing to compute")
+        raise _native.Unsuitable("nothing to compute")
     settings: dict[str, Any] = {}
     if frozen:
         settings |= _FROZEN_SETTINGS
-        if not _has_large_products(module):
+        if not _native.has_large_products(module):
             settings |= _SMALL_PRODUCTS_SETTINGS
+        if portable and any(n.target in _native.CONVOLUTIONS for n in module.graph.nodes):
+            settings["cpp.weight_prepack"] = False
     try:
         compiled = _compiled(module, owners, frozen, threads, settings)
     except InductorError as e:
@@ -178,14 +89,7 @@ def compile(
     call = compiled.current_callable
     count = len(module.graph.find_nodes(op="placeholder"))
     kept = [i for i in range(count) if i not in frozen]
-    program = _C.NativeProgram(
-        _library_of(call),
-        kept,
-        _constants_of(call, len(kept)),
-        len(owners),
-        [_C.OutputPlan(*plan) for plan in plans],
-    )
-    return Compiled(module, program, plans)
+    return _native.Code(_library_of(call), kept, _constants_of(call, len(kept)), len(owners), plans)
 
 
 def _compiled(
@@ -227,7 +131,7 @@ def _configured(settings: dict[str, Any], threads: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _tracing(module: fx.GraphModule) -> Iterator[None]:
     """Fake tensors of one kind for all that happens to a graph, and constants among them."""
-    mode = next(n.meta["val"].fake_mode for n in module.graph.nodes if _is_tensor(n))
+    mode = next(n.meta["val"].fake_mode for n in module.graph.nodes if _native.is_tensor(n))
     with (
         torch.no_grad(),
         torch._C._DisableAutocast(),
@@ -238,52 +142,6 @@ def _tracing(module: fx.GraphModule) -> Iterator[None]:
         unittest.mock.patch.object(mode, "shape_env", ShapeEnv()),
     ):
         yield
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor) and node.op != "output"
-
-
-def _check_suitable(module: fx.GraphModule) -> None:
-    if not any(n.op == "call_function" for n in module.graph.nodes):
-        raise Unsuitable("nothing to compute")
-    if any(n.op == "get_attr" for n in module.graph.nodes):
-        raise Unsuitable("a torch.Generator of the program's own")
-    tensors = [n.meta["val"] for n in module.graph.nodes if _is_tensor(n)]
-    if any(t.is_complex() for t in tensors):
-        raise Unsuitable("complex numbers")
-    if any(t.device.type != "cpu" for t in tensors):
-        raise Unsuitable("other devices than the CPU")
-
-
-def _outputs(module: fx.GraphModule) -> tuple[list[fx.Node], list[Plan]]:
-    """What the code has to return, and how each output of the graph comes out of that.
-
-    Of the memory that outputs share with each other or with inputs, the code returns the tensor
-    that owns it, and the outputs are views of that as they are in eager.
-    """
-    owner_of: dict[int, fx.Node] = {}
-    for node in module.graph.nodes:
-        if _is_tensor(node):
-            owner_of.setdefault(node.meta["val"].untyped_storage()._cdata, node)
-    placeholders = {n: i for i, n in enumerate(module.graph.find_nodes(op="placeholder"))}
-    owners: dict[fx.Node, int] = {}
-    plans: list[Plan] = []
-    for node in module.graph.output_node().args[0]:
-        if not isinstance(node, fx.Node) or not _is_tensor(node):
-            raise Unsuitable("a result that is no tensor")
-        val = node.meta["val"]
-        owner = owner_of[val.untyped_storage()._cdata]
-        if val.dtype != owner.meta["val"].dtype:
-            raise Unsuitable("a result that is a view of memory of another dtype")
-        view = None
-        if owner is not node:
-            view = (list(val.shape), list(val.stride()), val.storage_offset())
-        if owner in placeholders:
-            plans.append((True, placeholders[owner], view))
-        else:
-            plans.append((False, owners.setdefault(owner, len(owners)), view))
-    return list(owners), plans
 
 
 def _decomposed(module: fx.GraphModule, owners: list[fx.Node]) -> fx.GraphModule:
@@ -369,8 +227,3 @@ def _constants_of(call: Callable[..., Any], num_inputs: int) -> list[torch.Tenso
     with contextlib.suppress(IndexError):  # it unpacks outputs that are not there
         call.__globals__["_wrap_func"](entry)([torch.empty(0)] * num_inputs)
     return handed[num_inputs:]
-
-
-def _steps(t: torch.Tensor) -> list[int]:
-    """The strides that lead to another element."""
-    return [stride for size, stride in zip(t.shape, t.stride()) if size > 1]

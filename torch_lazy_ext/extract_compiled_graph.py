@@ -32,8 +32,8 @@ def extract_compiled_graph(
         on_guard_failure: what to do when the data takes a way that no variant took: "recapture",
             run this call in "eager", or raise a GuardError ("error").
         backend: what runs the graphs: "torchscript", ready in milliseconds; "inductor", native code
-            that the first call of a variant compiles; "tiered", TorchScript until a thread has
-            compiled native code; "fx", operator by operator in Python; or a function with the
+            that the first call of a variant compiles; "tiered", TorchScript until another process
+            has compiled native code; "fx", operator by operator in Python; or a function with the
             signature of a `torch.compile` backend, (GraphModule, example inputs) -> callable.
         freeze: make constants of weights, which compiled code can fold and lay out ahead of time.
             Calls notice when a weight changes, and go on with the weights as they are; when they

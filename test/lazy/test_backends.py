@@ -42,7 +42,9 @@ import torch_lazy_ext._dynamo
 from torch_lazy_ext import (
     CompiledGraph,
     ExtractionError,
+    _compile,
     _inductor,
+    _native,
     extract_compiled_graph,
 )
 
@@ -430,7 +432,7 @@ class FreezeTest(unittest.TestCase):
             weights = [
                 i for i, n in enumerate(placeholders) if n.meta["val"].dtype is torch.float32
             ]
-            frozen = _inductor.worth_freezing(graph.graph_module, weights)
+            frozen = _native.worth_freezing(graph.graph_module, weights)
             (left,) = set(weights) - set(frozen)
             self.assertEqual(placeholders[left].meta["val"].shape, module.table.weight.shape)
 
@@ -451,7 +453,7 @@ class FreezeTest(unittest.TestCase):
             for rows, shapes in ((2, 4), (128, 2)):
                 args = (torch.randn(1, 1, 8, 8), torch.randn(rows, 128))
                 graph = extract_compiled_graph(module, args).graph_module
-                frozen = _inductor.worth_freezing(graph, [2, 3, 4, 5])  # after the arguments
+                frozen = _native.worth_freezing(graph, [2, 3, 4, 5])  # after the arguments
                 self.assertEqual(len(frozen), shapes)
                 compiled = extract_compiled_graph(module, args, backend="inductor", freeze=True)
                 for _ in range(3):
@@ -603,9 +605,9 @@ class CallableTest(unittest.TestCase):
 
 @contextmanager
 def held_compiler(error: Exception | None = None) -> Iterator[threading.Event]:
-    """Inductor waits for this event, and then compiles, or raises `error`."""
+    """The compiler waits for this event, and then compiles, or raises `error`."""
     event = threading.Event()
-    plain = _inductor.compile
+    plain = _compile._elsewhere
 
     def compile(*args: Any) -> Any:
         event.wait(60)
@@ -613,7 +615,7 @@ def held_compiler(error: Exception | None = None) -> Iterator[threading.Event]:
             raise error
         return plain(*args)
 
-    with unittest.mock.patch.object(_inductor, "compile", compile):
+    with unittest.mock.patch.object(_compile, "_elsewhere", compile):
         yield event
         event.set()
 
@@ -682,6 +684,43 @@ class TieredTest(unittest.TestCase):
             wait_for(lambda: graph.specializations[0].backend == "inductor")
             self.calls(graph, module)
             join()
+
+    def test_undisturbed(self) -> None:
+        """Random numbers, torch.compile and modules of this process, while the other compiles."""
+        compiled = torch.compile(lambda x: x * 2, backend="eager")
+        x = torch.ones(5)
+        with torch.no_grad():
+            graph = extract_compiled_graph(
+                lambda x: nn.functional.dropout(x, 0.5), (x,), backend="tiered"
+            )
+            torch.manual_seed(0)
+            expected = [nn.functional.dropout(x, 0.5) for _ in range(1200)]
+            torch.manual_seed(0)
+            after = 0
+            for want in expected:
+                self.assertTrue(torch.equal(graph(x), want))
+                self.assertTrue(torch.equal(compiled(x), x * 2))
+                after += graph.specializations[0].backend == "inductor"
+                if after == 4:
+                    break
+                time.sleep(0.1)
+            self.assertEqual(after, 4)
+
+    def test_convolution(self) -> None:
+        """Constants come from the other process."""
+        with torch.no_grad():
+            module = Net().eval()
+            graph = extract_compiled_graph(module, ids(), backend="tiered", freeze=True)
+            for i in range(600):
+                (x,) = ids()
+                torch.testing.assert_close(graph(x), module(x))
+                if graph.specializations[0].backend != "torchscript" and i > 3:
+                    break
+                time.sleep(0.1)
+            for _ in range(3):
+                (x,) = ids()
+                torch.testing.assert_close(graph(x), module(x))
+            self.assertEqual(graph.specializations[0].backend, "inductor")
 
     def test_threads(self) -> None:
         """Calls from several threads go on while the code is switched under them."""
