@@ -18,6 +18,7 @@ import torch
 from torch_lazy_ext import _C, _lift
 from torch_lazy_ext._errors import UnsupportedError
 
+DEFAULT = torch.default_generator  # itself, also while a capture has the name replaced
 _MASK = 2**64 - 1
 _FRESH_SEED = 67280421310721  # c10::detail default_rng_seed_val: what torch.Generator() begins with
 
@@ -121,7 +122,7 @@ class Generators:
 
     def given(self, value: Any) -> Any:
         """What the program sees of an argument that is no tensor, or of a value of its state."""
-        if isinstance(value, torch._C.Generator) and value is not torch.default_generator:
+        if isinstance(value, torch._C.Generator):
             return self.stand_in(value)
         return value
 
@@ -132,11 +133,9 @@ class Generators:
         Raises UnsupportedError when one was moved in spite of that.
         """
         found = [
-            (slot, value)
-            for slot, value in state.values
-            if isinstance(value, torch._C.Generator) and value is not torch.default_generator
+            (slot, value) for slot, value in state.values if isinstance(value, torch._C.Generator)
         ]
-        known = [torch.default_generator, *(value for _slot, value in found)]
+        known = [DEFAULT, *(value for _slot, value in found)]
         known += self._real.values()
         found = [(slot, value) for slot, value in found if not isinstance(slot.owner, tuple)]
         for slot, value in found:
@@ -152,13 +151,13 @@ class Generators:
                     slot.write(value)
         for generator, state_before, seed in zip(known, before, seeds):
             moved = not torch.equal(generator.get_state(), state_before)
-            if generator is torch.default_generator and not alone:
+            if generator is DEFAULT and not alone:
                 moved = generator.initial_seed() != seed
             if moved:
                 generator.set_state(state_before)
                 raise UnsupportedError(
                     "the program moves a torch.Generator that it came to by a way which a capture "
-                    "does not see (such as torch.default_generator.manual_seed or a tuple): use "
+                    "does not see (such as one in a tuple): use "
                     "torch.manual_seed, or keep the generator in an attribute"
                 )
 
@@ -174,12 +173,12 @@ class Generators:
 
     def known(self) -> list[torch.Generator]:
         """Those that a replay finds again."""
-        return [torch.default_generator, *self._real.values()]
+        return [DEFAULT, *self._real.values()]
 
     def real(self, generator: torch.Generator) -> torch.Generator:
         return self._real.get(id(generator), generator)
 
-    # Each takes a stand-in or torch.default_generator.
+    # Each takes a stand-in or DEFAULT.
 
     def manual_seed(self, generator: torch.Generator, seed: Any) -> None:
         seed = torch._C.Generator().manual_seed(seed).initial_seed()  # or eager's own error

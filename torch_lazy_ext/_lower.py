@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -239,6 +240,7 @@ class Lowered:
         required: (lifted index, whether): assignments to `tensor.requires_grad`.
         spent: (root, error): results whose backward has run; another one raises the error.
         makes_generators: whether it draws from generators of its own: one run at a time.
+        modes: (how to set it, to what): modes that the program leaves changed.
     """
 
     graph: torch._C.Graph
@@ -258,6 +260,7 @@ class Lowered:
     guards: list[ValueGuard]
     generators: list[torch.Generator]
     makes_generators: bool
+    modes: list[tuple[Callable[[Any], object], Any]]
     uses_storage_offset: bool
     backward: Backward | None
 
@@ -346,6 +349,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         guards=guards,
         generators=recorder.generators(),
         makes_generators=bool(recording.generators.made),
+        modes=recording.modes,
         uses_storage_offset=sources.uses_storage_offset
         or recorder.reads_offset
         or graph.findNode("aten::as_strided") is not None,

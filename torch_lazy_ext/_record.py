@@ -199,13 +199,13 @@ class Capture:
 
     def get_rng_state(self, func: Any) -> torch.Tensor:
         # After the program, nothing is recorded of it.
-        state = func() if self._resumed else self.generators.get_state(torch.default_generator)
+        state = func() if self._resumed else self.generators.get_state(_generators.DEFAULT)
         self._rng_states.append((state, self.recorder.random_position()))
         return state
 
     def set_rng_state(self, func: Any, new_state: torch.Tensor) -> None:
         if not self._resumed:
-            self.generators.set_state(torch.default_generator, new_state)
+            self.generators.set_state(_generators.DEFAULT, new_state)
             return
         # In a backward of its own, back to where it was (`torch.utils.checkpoint`): the same
         # numbers come again.
@@ -233,11 +233,10 @@ class Capture:
         return func(cls, *twins, **kwargs)
 
     def manual_seed(self, func: Any, seed: Any) -> torch.Generator:
-        self.generators.manual_seed(torch.default_generator, int(seed))
-        return torch.default_generator
+        return self.generators.stand_in(_generators.DEFAULT).manual_seed(int(seed))
 
     def initial_seed(self, func: Any) -> int:
-        return self.generators.initial_seed(torch.default_generator)
+        return self.generators.initial_seed(_generators.DEFAULT)
 
     def seed(self, func: Any) -> int:
         raise _generators.unrepeatable("torch.seed")
@@ -577,6 +576,18 @@ class _Generator(torch._C.Generator, metaclass=_MakesGenerators):
     """`torch.Generator` while a program is captured."""
 
 
+def _attribute(original: Any) -> Any:
+    @functools.wraps(original)
+    def attribute(name: str) -> Any:
+        if name != "default_generator":
+            return original(name)
+        capture = getattr(_running, "capture", None)
+        default = _generators.DEFAULT
+        return default if capture is None else capture.generators.stand_in(default)
+
+    return attribute
+
+
 def _install() -> None:
     def replace(owner: Any, name: str, new: Any) -> None:
         _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
@@ -591,6 +602,9 @@ def _install() -> None:
         replace(torch.random, name, function)
         replace(torch, name, function)
     replace(torch, "Generator", _Generator)
+    replace(torch, "__getattr__", _attribute(torch.__getattr__))
+    replace(torch, "default_generator", None)
+    del torch.default_generator  # which leaves it to __getattr__
     replace(torch, "cond", _function(torch.cond, Capture.cond))
     replace(torch.func, "functionalize", _function(torch.func.functionalize, Capture.functionalize))
     for owner in (torch.nn.Module, torch.optim.Optimizer):
@@ -626,6 +640,35 @@ class SharedStorage(Exception):
         self.tensors = tensors
 
 
+def _deterministic() -> tuple[bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def _set_deterministic(mode: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+
+
+# What a program may leave behind changed: how to read it, and how to set it.
+_MODES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.is_grad_enabled, torch._C._set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (_deterministic, _set_deterministic),
+    (
+        functools.partial(torch.is_autocast_enabled, "cpu"),
+        functools.partial(torch.set_autocast_enabled, "cpu"),
+    ),
+    (
+        functools.partial(torch.get_autocast_dtype, "cpu"),
+        functools.partial(torch.set_autocast_dtype, "cpu"),
+    ),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+)
+
+
 class Recording:
     """A finished capture.
 
@@ -642,6 +685,7 @@ class Recording:
             the program, what it is afterwards, and whether the program saw the one before.
         required: tensors whose `requires_grad` the program changed, and what it is now.
         ran_backward: whether the program called `backward()`.
+        modes: (how to set it, to what), for the modes that the program left changed.
     """
 
     def __init__(self, capture: Capture, state: _lift.State) -> None:
@@ -660,6 +704,7 @@ class Recording:
         ] = []
         self.required: list[tuple[torch.Tensor, bool]] = []
         self.ran_backward = False
+        self.modes: list[tuple[Callable[[Any], object], Any]] = []
 
     def resume(self, backward: Callable[[], Any]) -> Any:
         """Record a backward after the program.
@@ -746,6 +791,7 @@ def record(
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     foreign = _foreign_random_states()
+    modes = [get() for get, _set in _MODES]
     try:
         with capture.generators.in_place_of(state), capture:
             recording.result = fn(*own_args, **own_kwargs)
@@ -765,6 +811,11 @@ def record(
         raise
     finally:
         recording.changes = state.take_back()
+        for (get, set_mode), mode in zip(_MODES, modes):
+            left = get()
+            if left != mode:
+                set_mode(mode)
+                recording.modes.append((set_mode, left))
         moved = [(t, grad) for t, grad in leaves if t.grad is not grad]
         for tensor, grad in moved:
             tensor.grad = grad

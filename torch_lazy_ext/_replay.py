@@ -221,7 +221,7 @@ class Specialization(_C.Variant):
     def _set_up_native_finish(self, lowered: _lower.Lowered) -> None:
         """Let the C++ half write back and put the result together, where both are plain."""
         further = (lowered.backward, lowered.refills, lowered.effects, lowered.assigned)
-        further += (lowered.gradients, lowered.required, lowered.spent)
+        further += (lowered.gradients, lowered.required, lowered.spent, lowered.modes)
         if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
             return
         result = _native_result(lowered.result, set())
@@ -339,6 +339,8 @@ class Specialization(_C.Variant):
             else:
                 value = source if source is _lift.MISSING else take(source)
                 _lift.Slot(owner, key, "").write(value)
+        for set_mode, mode in lowered.modes:
+            set_mode(mode)
         return result
 
 

@@ -386,6 +386,16 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def _put_back(before: dict[str, Any]) -> None:
+    """Set modes that a program left changed to what they were."""
+    torch.set_grad_enabled(before["grad mode"])
+    torch.set_default_dtype(before["default dtype"])
+    torch.use_deterministic_algorithms(before["deterministic algorithms"])
+    torch.set_autocast_enabled("cpu", before["autocast"][0])
+    torch.set_autocast_dtype("cpu", before["autocast"][1])
+    torch.set_num_threads(before["threads"])
+
+
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [key for key in before if before[key] != after[key]]
 
@@ -556,8 +566,10 @@ def check(
         # What eager makes of the example, on a program that is not used again.
         spare, call = run.program(), run.inputs(0)
         _seeded(0)
+        modes = surroundings()
         with context(0):
             example = _attempt(spare, call)
+        _put_back(modes)
         call = run.inputs(0)
         _seeded(0)
         with context(0):
@@ -591,8 +603,7 @@ def check(
                 with context(i):
                     outcomes.append(_attempt(function, call))
                 around.append(surroundings())
-                torch.set_grad_enabled(before["grad mode"])
-                torch.set_default_dtype(before["default dtype"])
+                _put_back(before)
                 scene.roots["result"] = outcomes[-1].result
                 expected.append(scene.observe())
             try:

@@ -716,6 +716,18 @@ class NestingTest(unittest.TestCase):
         x = torch.randn(3)
         self.assertTrue(torch.equal(graph(x), x * 2 + 1))
 
+    def test_modes_left_changed(self):
+        """What a program does to them, a replay does; the extraction leaves them alone."""
+        for leave in (
+            lambda: torch.set_grad_enabled(True),
+            lambda: torch.set_default_dtype(torch.float64),
+            lambda: torch.use_deterministic_algorithms(True),
+            lambda: torch.set_autocast_enabled("cpu", True),
+            lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+        ):
+            check(lambda leave=leave: lambda x: (leave(), x @ x, torch.ones(2))[1:],
+                  tensors((3, 3)), exact=False)  # fmt: skip
+
     def test_eager_calls_are_told(self):
         """A call that no graph serves, though eager raises nothing: a warning, and a count."""
         refusals.clear()

@@ -286,10 +286,18 @@ def _seeded_twice(x):
     torch.manual_seed(3)
     b = torch.rand(2)
     torch.manual_seed(-3)
-    return a, b, a - b, torch.initial_seed()
+    return a, b, a - b, torch.initial_seed(), torch.manual_seed(4).initial_seed()
 
 
-for _program in (_state_returned, _state_written_by_hand, _seeded_twice):
+def _default_generator(x):
+    torch.default_generator.manual_seed(5)
+    a = torch.rand(2)
+    seed = torch.default_generator.initial_seed()
+    torch.default_generator.manual_seed(6)
+    return a, seed, torch.rand(2, generator=torch.default_generator)
+
+
+for _program in (_default_generator, _state_returned, _state_written_by_hand, _seeded_twice):
     setattr(SeedingTest, f"test{_program.__name__}", makefunctiontest(_program, X))
 
 
@@ -298,7 +306,6 @@ class SeedingRefusedTest(unittest.TestCase):
         in_a_tuple = (torch.Generator(),)
         for program, pattern in (
             (lambda x: torch.rand(torch.seed() % 2 + 1), "torch.seed"),
-            (lambda x: torch.default_generator.manual_seed(3) and x + 1, "manual_seed"),
             (lambda x: torch.Generator().manual_seed(3), "returns or keeps a torch.Generator"),
             (lambda x, g=in_a_tuple: torch.rand(2, generator=g[0].manual_seed(1)), "by a way"),
         ):  # fmt: skip
