@@ -23,7 +23,7 @@ _MASK = 2**64 - 1
 _FRESH_SEED = 67280421310721  # c10::detail default_rng_seed_val: what torch.Generator() begins with
 
 # The device tells shape inference from a run; `serial` keeps equal calls apart.
-_library = torch.library.Library("torch_lazy_ext", "DEF")
+_library = torch.library.Library("torch_lazy_ext", "FRAGMENT")
 _ORDERED = (torch.Tag.nondeterministic_seeded,)
 
 

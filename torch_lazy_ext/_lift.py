@@ -92,6 +92,32 @@ class Slot:
         return f"Slot({self.name})"
 
 
+class NumberSlot(Slot):
+    """A float among the hyperparameters of an optimizer: `owner[key]`, or one of a tuple there.
+
+    Reads as a 0-dim tensor of float64, since that is what the inputs of a graph are.
+    """
+
+    __slots__ = ("element",)
+
+    def __init__(self, owner: Any, key: Any, name: str, element: int | None = None) -> None:
+        super().__init__(owner, key, name)
+        self.element = element
+
+    def place(self) -> Slot:
+        """The slot of the float, or of the tuple with the float."""
+        return Slot(self.owner, self.key, self.name)
+
+    def read(self) -> Any:
+        value = super().read()
+        if self.element is not None:
+            known = type(value) is tuple and len(value) > self.element
+            value = value[self.element] if known else MISSING
+        if type(value) is not float:
+            return MISSING
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+
+
 # Objects of torch that hold tensors and are neither modules nor containers.
 OBJECTS_OF_TORCH = (
     torch.optim.Optimizer,
@@ -119,14 +145,21 @@ class State:
         tensors: id of a tensor -> the tensor and the slots that hold it.
         modules: every `nn.Module` found, in order of discovery.
         values: slots of everything else, with what they held.
+        numbers: slots of floats that become inputs of the graph: of hyperparameters, with what
+            they held and a tensor for each float.
         containers: the mutable containers, each with its content: `{key: value}` or a list.
+        unsized: ids of containers that may grow between the calls.
     """
 
     def __init__(self, *roots: Any) -> None:
         self.tensors: dict[int, tuple[torch.Tensor, list[Slot]]] = {}
         self.modules: list[nn.Module] = []
         self.values: list[tuple[Slot, Any]] = []
+        self.numbers: list[tuple[Slot, Any, list[torch.Tensor]]] = []
         self.containers: list[tuple[Any, Any]] = []
+        self.unsized: set[int] = set()
+        self._groups: set[int] = set()  # ids of the param_groups of optimizers
+        self._put: dict[tuple[int, Any], Any] = {}  # what stands in the place of numbers
         self._seen: dict[int, Any] = {}
         self._methods: dict[type, dict[str, types.FunctionType]] = {}
         self._names = {"forward", "__call__"}  # attributes that functions of the program name
@@ -144,8 +177,25 @@ class State:
 
     # ------------------------------------------------------------------ changes
 
+    def put_numbers(self, make: Callable[[torch.Tensor], Any]) -> None:
+        """Put `make(tensor)` in the place of each float that is an input, until `take_back`."""
+        for slot, value, tensors in self.numbers:
+            made = [make(t) for t in tensors]
+            new = tuple(made) if isinstance(value, tuple) else made[0]
+            self._put[id(slot.owner), slot.key] = new
+            slot.write(new)
+
     def take_back(self) -> list[Change]:
         """Undo what was done to the containers since the walk, and say what it was."""
+        changes = [
+            change
+            for change in self._take_back()
+            if self._put.get((id(change.owner), change.key), self) is not change.value
+        ]
+        self._put.clear()
+        return changes
+
+    def _take_back(self) -> list[Change]:
         changes: list[Change] = []
         for container, before in self.containers:
             if isinstance(container, dict):
@@ -189,6 +239,10 @@ class State:
             yield from self._items(value.__dict__, name)
             yield from self._class(type(value), name)
         elif isinstance(value, OBJECTS_OF_TORCH):
+            self._groups.update(map(id, getattr(value, "param_groups", ())))
+            if isinstance(value, torch.optim.Optimizer) and not hasattr(value, "_opt_called"):
+                # A scheduler makes the first step leave this note, which no step reads.
+                self.unsized.add(id(value.__dict__))
             yield from self._items(value.__dict__, name)
         elif isinstance(value, (dict, list, tuple, collections.deque)):
             if len(value) <= 10_000:
@@ -255,6 +309,8 @@ class State:
         if isinstance(value, torch.Tensor):
             self.tensors.setdefault(id(value), (value, []))[1].append(slot)
             return
+        if id(slot.owner) in self._groups and self._number(slot, value):
+            return
         self.values.append((slot, value))
         if type(value) not in _tree.SIMPLE_TYPES:
             name = slot.name
@@ -262,6 +318,22 @@ class State:
             for part in ("_modules.", "_parameters.", "_buffers."):
                 name = name.replace(part, "")
             yield value, name
+
+    def _number(self, slot: Slot, value: Any) -> bool:
+        """Whether a hyperparameter is a float or a tuple of floats, which it then notes."""
+        if type(value) is float:
+            slots = [NumberSlot(slot.owner, slot.key, slot.name)]
+        elif type(value) is tuple and value and all(type(v) is float for v in value):
+            slots = [
+                NumberSlot(slot.owner, slot.key, f"{slot.name}.{i}", i) for i in range(len(value))
+            ]
+        else:
+            return False
+        tensors = [s.read() for s in slots]
+        self.numbers.append((slot, value, tensors))
+        for s, tensor in zip(slots, tensors):
+            self.tensors[id(tensor)] = (tensor, [s])
+        return True
 
 
 def _restore_dict(container: dict[Any, Any], before: dict[Any, Any]) -> Iterator[Change]:

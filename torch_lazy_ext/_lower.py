@@ -6,6 +6,7 @@ assigned, the new value of every lifted tensor that it mutated, and the guards.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 
 from torch_lazy_ext import _C, _lift, _tree
 from torch_lazy_ext._errors import UnsupportedError
+from torch_lazy_ext._number import Number
 from torch_lazy_ext._record import Recording, SharedStorage, check_plain
 
 # ------------------------------------------------- where a replay takes a result from
@@ -44,6 +46,13 @@ class FromRoot:
     requires_grad: bool = False
     parameter: bool = False
     inference: bool | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class FromNumber:
+    """A Python float that is an output of the graph."""
+
+    root: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -128,6 +137,7 @@ class Built:
 Source = (
     FromLifted
     | FromRoot
+    | FromNumber
     | FromView
     | FromStrided
     | FromArray
@@ -151,6 +161,7 @@ class Write:
         meta: sizes, strides and storage offset relative to the old one, when they change.
         source: what replaces its storage (`Tensor.set_`).
         differentiable: autograd follows the write.
+        in_place: the update writes it.
     """
 
     index: int
@@ -160,6 +171,7 @@ class Write:
     meta: tuple[list[int], list[int], int] | None = None
     source: Source | None = None
     differentiable: bool = False
+    in_place: bool = False
 
 
 @dataclasses.dataclass
@@ -224,12 +236,32 @@ class Derivative:
 
 
 @dataclasses.dataclass
+class Update:
+    """The last part of a graph, which writes to lifted tensors in place.
+
+    It runs when the guards have held. All it does is elementwise and cannot raise.
+
+    Attributes:
+        graph: its inputs are lifted tensors, and then values that the main graph computes.
+        parameters: the indices of the lifted tensors among its inputs.
+        boundary: the roots that are its other inputs.
+    """
+
+    graph: torch._C.Graph
+    parameters: list[int]
+    boundary: list[int]
+
+
+@dataclasses.dataclass
 class Lowered:
     """A lowered graph and what belongs around it.
 
     Attributes:
+        outputs: for each output of the graph, the root that it is.
         parameters: for each input of the graph, the index of the lifted tensor.
         end: how many nodes the program itself recorded.
+        update: what brings further lifted tensors up to date; the roots of their writes are no
+            outputs of `graph`.
         lifted: (the user's tensor, whether it is a constant, index of its storage's input or -1).
         result: how to put the result together.
         refills: (position of an argument's container, its new content).
@@ -237,16 +269,22 @@ class Lowered:
         assigned: (lifted index, source): assignments to `tensor.data`.
         leaves: (lifted index of a leaf, its gradient or None): what the gradient was like.
         gradients: (lifted index of a leaf, source): assignments to `tensor.grad`.
+        overwritten: indices of leaves whose gradient the program set without looking at it.
         required: (lifted index, whether): assignments to `tensor.requires_grad`.
         spent: (root, error): results whose backward has run; another one raises the error.
         makes_generators: whether it draws from generators of its own: one run at a time.
         modes: (how to set it, to what): modes that the program leaves changed.
+        communicates: whether the graph holds collectives, which must run once in each call.
+        precheck: a graph that gives the guarded values alone, and the indices of its inputs: for
+            guards that must or can be looked at before anything else. Without, they are roots.
     """
 
     graph: torch._C.Graph
     roots: list[_C.ValueRef]
+    outputs: list[int]
     parameters: list[int]
     end: int
+    update: Update | None
     lifted: list[tuple[torch.Tensor, bool, int]]
     writes: list[Write]
     result: Source
@@ -255,8 +293,11 @@ class Lowered:
     assigned: list[tuple[int, Source]]
     leaves: list[tuple[int, torch.Tensor | None]]
     gradients: list[tuple[int, Source]]
+    overwritten: list[int]
     required: list[tuple[int, bool]]
     spent: list[tuple[int, str]]
+    communicates: bool
+    precheck: tuple[torch._C.Graph, list[int]] | None
     guards: list[ValueGuard]
     generators: list[torch.Generator]
     makes_generators: bool
@@ -307,6 +348,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             gradients.append((index, sources.of(grad)))
     lifted = recorder.lifted()
     _check_generators(recording)
+    num_results = len(roots.values)
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
     for write in writes:
         if write.differentiable:
@@ -318,24 +360,38 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     backward, spent = None, []
     if sources.differentiable:
         differentiable = sources.differentiable
-        if recording.ran_backward:
+        # What a backward needs is gone when it has run, or may have been written to.
+        if recording.ran_backward or any(
+            t.requires_grad and t._version for _t, t, _c, _b in lifted
+        ):
             differentiable, spent = _unspent(recorder, differentiable)
         wrt = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
         if differentiable and wrt:
             backward = _backward(recording, differentiable, roots, wrt)
+    lifted = recorder.lifted()
     # A backward may have looked at values of the forward, too.
-    guards = [
-        ValueGuard(roots.add(value), expected, is_value, source)
-        for value, expected, is_value, source in recorder.guards()
-        if not recorder.depends_on_tangent(value)
-    ]
-    graph, parameters = _C.lower(recorder, roots.values, num_exposed, 0, len(recorder))
+    precheck, guards = _guards(recorder, state, lifted, roots)
+    end = len(recorder)
+    update = None
+    if recording.ran_backward or state.numbers:  # a training step
+        update = _update(recorder, lifted, writes, num_results, num_exposed, roots, end)
+    updated = set() if update is None else {w.root for w in writes if w.in_place}
+    outputs = [r for r in range(len(roots.values)) if r not in updated]
+    graph, parameters = _C.lower(
+        recorder,
+        [roots.values[r] for r in outputs],
+        sum(r < num_exposed for r in outputs),
+        0,
+        end,
+    )
     lifted = recorder.lifted()
     return Lowered(
         graph=graph,
         roots=roots.values,
+        outputs=outputs,
         parameters=parameters,
         end=end,
+        update=update,
         lifted=[(tensor, constant, base) for tensor, _twin, constant, base in lifted],
         writes=writes,
         result=result,
@@ -344,8 +400,13 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         assigned=assigned,
         leaves=leaves,
         gradients=gradients,
+        overwritten=[
+            sources.lifted[id(t)] for t, _before, _grad, seen in recording.gradients if not seen
+        ],
         required=[(sources.lifted[id(t)], now) for t, now in recording.required],
         spent=spent,
+        communicates=recorder.communicates(),
+        precheck=precheck,
         guards=guards,
         generators=recorder.generators(),
         makes_generators=bool(recording.generators.made),
@@ -442,6 +503,90 @@ def _differentiate(
             "not draw them in eager's order"
         )
     return {i: g for i, g in zip(leaves, gradients) if g is not None}
+
+
+# What guards of hyperparameters are made of, beside arithmetic of numbers.
+_ON_NUMBERS = {"prim::Constant", "aten::Float"}
+_ON_NUMBERS |= {f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
+def _guards(
+    recorder: _C.Recorder,
+    state: _lift.State,
+    lifted: list[tuple[torch.Tensor, torch.Tensor, bool, int]],
+    roots: _Roots,
+) -> tuple[tuple[torch._C.Graph, list[int]] | None, list[ValueGuard]]:
+    recorded = [guard for guard in recorder.guards() if not recorder.depends_on_tangent(guard[0])]
+    values = [value for value, _expected, _is_value, _source in recorded]
+    precheck = None
+    if values and state.numbers:
+        # Hyperparameters are cheap to look at.
+        graph, parameters = _C.lower(
+            recorder, values, 0, 0, len(recorder), random=False, collectives=False
+        )
+        numbers = {id(t) for _slot, _value, tensors in state.numbers for t in tensors}
+        if all(id(lifted[i][0]) in numbers for i in parameters) and all(
+            n.kind() in _ON_NUMBERS or n.kind().startswith("torch_lazy_ext::")
+            for n in graph.nodes()
+        ):
+            precheck = graph, parameters
+    if values and precheck is None and recorder.communicates():
+        # No other process may wait for a collective of a run that is thrown away.
+        precheck = _C.lower(recorder, values, 0, 0, len(recorder), collectives=False)
+    early = precheck is not None
+    guards = [
+        ValueGuard(k if early else roots.add(value), expected, is_value, source)
+        for k, (value, expected, is_value, source) in enumerate(recorded)
+    ]
+    return precheck, guards
+
+
+def _update(
+    recorder: _C.Recorder,
+    lifted: list[tuple[torch.Tensor, torch.Tensor, bool, int]],
+    writes: list[Write],
+    num_results: int,
+    num_exposed: int,
+    roots: _Roots,
+    end: int,
+) -> Update | None:
+    """Mark the writes that can happen in place, and lower what only they need."""
+    shared = collections.Counter(w.root for w in writes)
+    read = {w.root for w in writes if w.meta is not None or w.source is not None}
+    chosen = [
+        w
+        for w in writes
+        if w.root is not None
+        and num_results <= w.root < num_exposed
+        and w.root not in read
+        and lifted[w.index][3] < 0
+        and not lifted[w.index][0].is_conj()
+        and not lifted[w.index][0].is_neg()
+        and shared[w.root] == 1
+    ]
+    while chosen:
+        written = [roots.values[w.root] for w in chosen]
+        updated = set(written)
+        kept = [v for v in roots.values if v not in updated]
+        boundary = _C.update_boundary(recorder, kept, written)
+        # What the main graph computes anyway is an ordinary write.
+        computed = set(boundary)
+        rest = [w for w in chosen if roots.values[w.root] not in computed]
+        if len(rest) == len(chosen):
+            break
+        chosen = rest
+    if not chosen:
+        return None
+    graph, parameters = _C.lower(
+        recorder, written, 0, 0, end, boundary, random=False, collectives=False
+    )
+    positions = {index: position for position, index in enumerate(parameters)}
+    if not all(w.index in positions for w in chosen):
+        return None  # values that do not depend on what they replace
+    for write in chosen:
+        write.in_place = True
+    _C.write_in_place(graph, [positions[w.index] for w in chosen])
+    return Update(graph, parameters, [roots.add(v) for v in boundary])
 
 
 def _unspent(
@@ -706,6 +851,9 @@ class _Sources:
             source = self._tensor(value)
             self._known[id(value)] = (value, source)
             return source
+        if isinstance(value, Number):
+            number = self.recorder.describe(value.node.number)
+            return FromNumber(self.roots.add(number.value))
         if id(value) in self.arguments:
             return FromArgument(self.arguments[id(value)])
         if isinstance(value, torch._C.Generator):

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _generators, _lift, _tree
+from torch_lazy_ext import _C, _collectives, _generators, _lift, _tree
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
+from torch_lazy_ext._number import Number
 
 _C.set_unsupported_error(UnsupportedError)
 
@@ -53,6 +54,7 @@ class Capture:
         self.required: dict[int, torch.Tensor] = {}
         self.ran_backward = False
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
+        self.data_parallel = _collectives.DataParallel(self.adopt)
         self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, numbers drawn so far
         self._furthest = 0  # how many were drawn before the state was put back
         self.generators = _generators.Generators(recorder)
@@ -147,6 +149,9 @@ class Capture:
 
     def from_array(self, func: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         """`torch.from_numpy` and its like: a tensor over the memory of an array."""
+        made = _of_number(data, *args, **kwargs)
+        if made is not None:
+            return made
         if not _tree.is_array(data):
             numbers = [self.numbers(a) for a in args]
             return func(
@@ -170,6 +175,24 @@ class Capture:
             made = shared.tensor.as_strided(made.shape, strides, offset).data
         return made if func is _FROM_NUMPY else func(made, *args, **kwargs)
 
+    def twin_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.recorder.twin_of(tensor)
+
+    def observe(self, tensor: torch.Tensor) -> Any:
+        return self.read(torch._C.TensorBase.item, tensor)
+
+    def item(self, func: Any, tensor: torch.Tensor) -> Any:
+        twin = self.twin_of(tensor)
+        about = self.recorder.describe(twin)
+        if (
+            not tensor.is_floating_point()
+            or tensor.numel() != 1
+            or not self.recorder.depends_on_input(about.value)
+        ):
+            return func(tensor)
+        with torch.no_grad():
+            return Number(torch.ops.torch_lazy_ext.item(twin), self)
+
     def text(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
         if kwargs or tensor.grad_fn is None:
             return self.read(func, tensor, **kwargs)
@@ -188,6 +211,8 @@ class Capture:
 
     def numbers(self, data: Any) -> Any:
         """Python data with a number in the place of each tensor, for C++ code that reads them."""
+        if isinstance(data, Number):
+            return float(data)
         if not isinstance(data, (list, tuple)):
             return data
         return [
@@ -196,6 +221,18 @@ class Capture:
             else self.numbers(v)
             for v in data
         ]
+
+    def fused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        # PyTorch's own call would ask for the value of each float.
+        numbers = [(name, v) for name, v in kwargs.items() if isinstance(v, Number)]
+        known = {name: 0.0 if isinstance(v, Number) else v for name, v in kwargs.items()}
+        _C.call_with_numbers(f"aten::{func.__name__}", args, known, numbers)
+
+    def lbfgs(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        raise self.refusal(
+            "torch.optim.LBFGS decides by the values of loss and gradients how often it calls its "
+            "closure: extract what the closure calls, and leave the optimizer outside"
+        )
 
     def get_rng_state(self, func: Any) -> torch.Tensor:
         # After the program, nothing is recorded of it.
@@ -362,6 +399,17 @@ class Capture:
             memo[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
         return memo[id(tensor)]
 
+    def collective(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.owns(tensor):
+            return func(tensor, *args, **kwargs)
+        return _collectives.FUNCTIONS[func.__name__](tensor, *args, **kwargs)
+
+    def wait(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+
+    def forward_data_parallel(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.data_parallel.forward(*args, **kwargs)
+
     def refuse(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not _C.is_capture_tensor(tensor):
             return self._standalone(func, tensor, *args, **kwargs)
@@ -460,6 +508,7 @@ _grad_of = torch._C.TensorBase.grad.__get__
 _set_grad = torch._C.TensorBase.grad.__set__
 
 _METHODS: dict[str, Callable[..., Any]] = {
+    "item": Capture.item,
     "__array__": Capture.read,
     "__repr__": Capture.text,
     "__format__": Capture.format,
@@ -497,6 +546,7 @@ _GENERATOR = {
     "get_rng_state": Capture.get_rng_state,
     "set_rng_state": Capture.set_rng_state,
 }
+_FUSED = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
 _MISSING = object()
 _replaced: list[tuple[Any, str, Any]] = []
 
@@ -538,11 +588,23 @@ def _property(original: Any, getter: Any, setter: Any) -> property:
     )
 
 
+def _of_number(data: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """`torch.tensor` of a `Number`; None for other data, and for what else it may be asked for."""
+    if not isinstance(data, Number) or args or kwargs.keys() - {"dtype", "device"}:
+        return None
+    if torch.device(kwargs.get("device") or torch.get_default_device()).type != "cpu":
+        return None
+    return data.tensor(kwargs.get("dtype") or torch.get_default_dtype())
+
+
 def _from_data(original: Any) -> Any:
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
         capture = getattr(_running, "capture", None)
         if capture is not None:
+            made = _of_number(*args, **kwargs)
+            if made is not None:
+                return made
             args = tuple(capture.numbers(a) for a in args)
             kwargs = {k: capture.numbers(v) for k, v in kwargs.items()}
         return original(*args, **kwargs)
@@ -607,6 +669,20 @@ def _install() -> None:
     del torch.default_generator  # which leaves it to __getattr__
     replace(torch, "cond", _function(torch.cond, Capture.cond))
     replace(torch.func, "functionalize", _function(torch.func.functionalize, Capture.functionalize))
+    for name in _FUSED:
+        replace(torch, name, _function(getattr(torch, name), Capture.fused))
+    if torch.distributed.is_available():
+        for name in _collectives.FUNCTIONS:
+            function = _function(getattr(torch.distributed, name), Capture.collective)
+            replace(torch.distributed, name, function)
+            replace(torch.distributed.distributed_c10d, name, function)
+        functional = sys.modules.get("torch.distributed._functional_collectives")
+        if functional is not None:
+            wait = _function(functional._maybe_wrap_tensor, Capture.wait)
+            replace(functional, "_maybe_wrap_tensor", wait)
+        parallel = torch.nn.parallel.DistributedDataParallel
+        replace(parallel, "forward", _function(parallel.forward, Capture.forward_data_parallel))
+    replace(torch.optim.LBFGS, "step", _function(torch.optim.LBFGS.step, Capture.lbfgs))
     for owner in (torch.nn.Module, torch.optim.Optimizer):
         replace(owner, "zero_grad", _function(owner.zero_grad, Capture.zero_grad))
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
@@ -759,12 +835,7 @@ def record(
         SharedStorage: the recording has to be repeated with these tensors in `shared`.
         Exception: whatever the program itself raises.
     """
-    if any(isinstance(m, torch.nn.parallel.DistributedDataParallel) for m in state.modules):
-        raise UnsupportedError(
-            "DistributedDataParallel works with autograd hooks, which a graph cannot hold: capture "
-            "the module, and wrap its graph: "
-            "DistributedDataParallel(extract_compiled_graph(module, args).as_module())"
-        )
+    _collectives.refuse_sharded(state.modules)
     recorder = _C.Recorder()
     recorder.verify_layouts = verify_layouts
     for tensor in shared:
@@ -792,6 +863,7 @@ def record(
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     foreign = _foreign_random_states()
     modes = [get() for get, _set in _MODES]
+    state.put_numbers(lambda tensor: Number(tensor, capture))
     try:
         with capture.generators.in_place_of(state), capture:
             recording.result = fn(*own_args, **own_kwargs)
@@ -1022,6 +1094,8 @@ def _reach(values: list[Any], tensors: dict[int, torch.Tensor]) -> None:
     stack = list(values)
     while stack:
         value = stack.pop()
+        if isinstance(value, Number):
+            value = value.node.number
         if isinstance(value, torch.Tensor):
             tensors[id(value)] = value
             if value._is_view():

@@ -138,6 +138,15 @@ class Specialization(_C.Variant):
         )
         self._parameters = lowered.parameters
         self._generators = lowered.generators
+        self._overwritten = lowered.overwritten
+        self._communicates = lowered.communicates
+        self._update: _C.Program | None = None
+        if lowered.update is not None:
+            self._update = _C.Program(lowered.update.graph)
+            self._outputs, self._num_roots = lowered.outputs, len(lowered.roots)
+        if lowered.precheck is not None:
+            graph, parameters = lowered.precheck
+            self._set_precheck(_C.Program(graph), parameters)
         self._recorder: _C.Recorder | None = recorder  # until the first run
         self._first_run = threading.Lock()
         self._guard_calls(flat, state, lowered)
@@ -177,7 +186,8 @@ class Specialization(_C.Variant):
         for slot, value in state.values:
             self._add_value(slot, value)
         for container, before in state.containers:
-            self._add_size(container, len(before))
+            if id(container) not in state.unsized:
+                self._add_size(container, len(before))
 
     def _set_up_lifted(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         """Say how to come by each lifted tensor at a call."""
@@ -202,6 +212,9 @@ class Specialization(_C.Variant):
                 self._lift_argument(position[id(tensor)])
                 if slots:
                     self._add_same_object(slots[0], position[id(tensor)])
+            elif slots and isinstance(slots[0], _lift.NumberSlot):
+                place, element = slots[0].place(), slots[0].element
+                self._lift_number(place, -1 if element is None else element)
             elif slots:
                 self._lift_slot(slots[0], tensor, lowered.uses_storage_offset)
             else:
@@ -222,6 +235,7 @@ class Specialization(_C.Variant):
         """Let the C++ half write back and put the result together, where both are plain."""
         further = (lowered.backward, lowered.refills, lowered.effects, lowered.assigned)
         further += (lowered.gradients, lowered.required, lowered.spent, lowered.modes)
+        further += (lowered.update,)
         if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
             return
         result = _native_result(lowered.result, set())
@@ -260,12 +274,12 @@ class Specialization(_C.Variant):
         writes = [w for w in self._lowered.writes if w.root is not None]
         return {tensors[w.index].untyped_storage().data_ptr() for w in writes}
 
-    def _first_values(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
-        """What the graph gives, run operator by operator and compared with the recording."""
+    def _first_values(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The roots, from a run operator by operator that is compared with the recording."""
+        lowered = self._lowered
         with self._first_run:
             recorder = self._recorder
             if recorder is not None:
-                lowered = self._lowered
                 there = [i for i, t in enumerate(tensors) if t is not None]
                 inputs = [tensors[i] for i in lowered.parameters]
                 try:
@@ -281,7 +295,7 @@ class Specialization(_C.Variant):
                 except Exception as e:
                     text = (str(e).strip().splitlines() or [type(e).__name__])[0]
                     raise _Mismatch(None, f"{_operator(recorder)} raises: {text}") from e
-                if checked.learned:
+                if checked.learned and not (checked.complete and lowered.communicates):
                     raise _Learned
                 if not checked.complete:
                     raise _Mismatch(None, f"{_operator(recorder)} gives other shapes")
@@ -294,10 +308,15 @@ class Specialization(_C.Variant):
                 if checked.bumps:
                     self._set_up_native_finish(lowered)
                 self._compiler.finish(self._graph, self._program, inputs)
+                self._stale = checked.learned
                 self._recorder = None
                 self._checked = True
                 return checked.values
-        return self._program.run([tensors[i] for i in self._lowered.parameters])
+        values: list[torch.Tensor | None] = [None] * len(lowered.roots)
+        outputs = self._program.run([tensors[i] for i in lowered.parameters])
+        for root, value in zip(lowered.outputs, outputs):
+            values[root] = value
+        return values
 
     def _finish(
         self,
@@ -322,7 +341,7 @@ class Specialization(_C.Variant):
         values = _gradients.spend(lowered.spent, values)
         take = _Results(containers, tensors, values)
         with torch.no_grad():
-            _write_back(lowered.writes, tensors, values, take)
+            _write_back(lowered, self._update, tensors, values, take)
             new_data = [(index, take(source)) for index, source in lowered.assigned]
             for index, value in new_data:
                 tensors[index].data = value
@@ -386,13 +405,19 @@ def _native_result(source: _lower.Source, seen: set[int]) -> tuple[Any, ...] | N
 
 
 def _write_back(
-    writes: list[_lower.Write],
+    lowered: _lower.Lowered,
+    update: _C.Program | None,
     tensors: list[torch.Tensor],
-    values: list[torch.Tensor],
+    values: list[Any],
     take: _Results,
 ) -> None:
+    writes = lowered.writes
     counted = [w for w in writes if not tensors[w.index].is_inference()]
     versions = [tensors[w.index]._version for w in counted]
+    if any(w.in_place and values[w.root] is None for w in writes):
+        assert lowered.update is not None and update is not None
+        inputs = [tensors[i] for i in lowered.update.parameters]
+        update.run(inputs + [values[r] for r in lowered.update.boundary])
     for write in writes:
         tensor = tensors[write.index]
         if write.source is not None:
@@ -405,7 +430,7 @@ def _write_back(
             if 0 not in sizes and extent * tensor.itemsize > tensor.untyped_storage().nbytes():
                 tensor.resize_(sizes)
             tensor.as_strided_(sizes, strides, offset)
-        if write.root is not None:
+        if write.root is not None and values[write.root] is not None:
             with torch.set_grad_enabled(write.differentiable):
                 tensor.copy_(values[write.root])
     if counted:
@@ -499,6 +524,8 @@ class _Results:
             if source.inference is not None:
                 value = _in_mode(value, source.inference)
             return value.requires_grad_() if source.requires_grad else value
+        if isinstance(source, _lower.FromNumber):
+            return self.values[source.root].item()
         if isinstance(source, _lower.FromLifted):
             tensor = self.tensors[source.index]
             return tensor.data if source.alias else tensor

@@ -138,7 +138,7 @@ def _operator_name(node: torch._C.Node) -> str:
 
 def schema_of(node: torch._C.Node) -> torch._C.FunctionSchema | None:
     """The schema of the operator that a node calls; None for TorchScript's own kinds of nodes."""
-    if node.kind().startswith(_BOXED):
+    if node.kind().startswith(_BOXED) and "." in node.kind():
         namespace, name, *overload = node.kind()[len(_BOXED) :].split(".")
         return torch._C._get_schema(f"{namespace}::{name}", overload[0] if overload else "")
     return None if node.schema() == "(no schema)" else torch._C.parse_schema(node.schema())

@@ -24,7 +24,7 @@ py::list list_of(const std::vector<at::Tensor>& tensors) {
 std::vector<at::Tensor> tensors_of(const py::handle& list) {
   std::vector<at::Tensor> out;
   for (const py::handle& t : py::reinterpret_borrow<py::sequence>(list)) {
-    out.push_back(THPVariable_Unpack(t.ptr()));
+    out.push_back(t.is_none() ? at::Tensor() : at::Tensor(THPVariable_Unpack(t.ptr())));
   }
   return out;
 }
@@ -121,6 +121,13 @@ void Variant::lift_slot(const py::object& slot, const py::object& tensor, bool w
        at::Tensor(),
        false,
        TensorGuard(tensor.ptr(), with_offset)});
+}
+
+void Variant::lift_number(const py::object& slot, int64_t element) {
+  Keep k = keep();
+  Source source{Source::Kind::Number, state_.handle(slot, k)};
+  source.element = element;
+  lifted_.push_back(std::move(source));
 }
 
 void Variant::lift_fixed(const std::optional<at::Tensor>& tensor, bool made) {
@@ -223,7 +230,7 @@ Result Variant::parse_result(const py::tuple& tree) {
 
 std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwargs) {
   const Surroundings now = Surroundings::now();
-  if (!(now == surroundings_)) {
+  if (stale || !(now == surroundings_)) {
     return std::nullopt;
   }
   if (now.function_modes > 0) {
@@ -261,6 +268,21 @@ std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwa
           return std::nullopt;
         }
         call.tensors.push_back(THPVariable_Unpack(tensor));
+        break;
+      }
+      case Source::Kind::Number: {
+        PyObject* value = state_.current(s.index);
+        if (s.element >= 0) {
+          if (value == nullptr || !PyTuple_CheckExact(value) ||
+              PyTuple_GET_SIZE(value) <= s.element) {
+            return std::nullopt;
+          }
+          value = PyTuple_GET_ITEM(value, s.element);
+        }
+        if (value == nullptr || !PyFloat_CheckExact(value)) {
+          return std::nullopt;
+        }
+        call.tensors.push_back(number(PyFloat_AS_DOUBLE(value)));
         break;
       }
       case Source::Kind::Fixed:
@@ -343,6 +365,13 @@ std::vector<at::Tensor> Variant::values(PyObject* self, const Call& call) {
       program_->run(stack);
     }
     std::vector<at::Tensor> out;
+    if (!outputs.empty()) {
+      out.resize(num_roots);
+      for (size_t k = 0; k < outputs.size(); ++k) {
+        out[outputs[k]] = std::move(stack[k]).toTensor();
+      }
+      return out;
+    }
     out.reserve(stack.size());
     for (c10::IValue& v : stack) {
       out.push_back(std::move(v).toTensor());
@@ -367,6 +396,21 @@ void Variant::raise_mismatch(const std::vector<at::Tensor>* observed) {
   PyErr_SetObject(type.ptr(), type(seen).ptr());
 }
 
+bool Variant::check(const std::vector<at::Tensor>& values) {
+  for (size_t i = 0; i < guards_.size(); ++i) {
+    if (!guards_[i].holds(values[guards_[i].root])) {
+      ++misses;
+      std::vector<at::Tensor> observed;
+      for (size_t k = 0; k <= i; ++k) {
+        observed.push_back(values[guards_[k].root]);
+      }
+      raise_mismatch(&observed);
+      return false;
+    }
+  }
+  return true;
+}
+
 PyObject* Variant::run(PyObject* self, Call& call) {
   if (!gather(call)) {
     raise_mismatch(nullptr);
@@ -384,10 +428,32 @@ PyObject* Variant::run(PyObject* self, Call& call) {
   };
   std::vector<at::Tensor> values;
   try {
+    if (precheck_) {
+      torch::jit::Stack stack;
+      for (int64_t p : precheck_parameters_) {
+        stack.emplace_back(call.tensors[p]);
+      }
+      precheck_->run(stack);
+      take_back();
+      std::vector<at::Tensor> guarded;
+      for (c10::IValue& v : stack) {
+        guarded.push_back(std::move(v).toTensor());
+      }
+      if (!check(guarded)) {
+        return nullptr;
+      }
+    }
+    if (precheck_ || guards_.empty()) {
+      // The program is going to set them, whatever they are: nothing needs them any more.
+      for (int64_t leaf : overwritten) {
+        call.tensors[leaf].mutable_grad().reset();
+      }
+    }
     values = this->values(self, call);
   } catch (py::error_already_set& e) {
     take_back();
-    if (e.matches(from("torch_lazy_ext._replay", "_KEPT_ERRORS")) || !e.matches(PyExc_Exception)) {
+    if (communicates || e.matches(from("torch_lazy_ext._replay", "_KEPT_ERRORS")) ||
+        !e.matches(PyExc_Exception)) {
       e.restore();
       return nullptr;
     }
@@ -397,21 +463,16 @@ PyObject* Variant::run(PyObject* self, Call& call) {
     return nullptr;
   } catch (const std::exception&) {
     take_back();
+    if (communicates) {
+      throw; // the others have gone on
+    }
     ++misses;
     raise_mismatch(nullptr);
     return nullptr;
   }
-  for (size_t i = 0; i < guards_.size(); ++i) {
-    if (!guards_[i].holds(values[guards_[i].root])) {
-      take_back();
-      ++misses;
-      std::vector<at::Tensor> observed;
-      for (size_t k = 0; k <= i; ++k) {
-        observed.push_back(values[guards_[k].root]);
-      }
-      raise_mismatch(&observed);
-      return nullptr;
-    }
+  if (!precheck_ && !check(values)) {
+    take_back();
+    return nullptr;
   }
   ++hits;
   if (!native_finish_) {
@@ -587,6 +648,13 @@ void bind_call(py::module_& m) {
       .def("_add_tied", &Variant::add_tied)
       .def("_lift_argument", &Variant::lift_argument)
       .def("_lift_slot", &Variant::lift_slot)
+      .def("_lift_number", &Variant::lift_number)
+      .def("_set_precheck", &Variant::set_precheck)
+      .def_readwrite("_stale", &Variant::stale)
+      .def_readwrite("_outputs", &Variant::outputs)
+      .def_readwrite("_num_roots", &Variant::num_roots)
+      .def_readwrite("_overwritten", &Variant::overwritten)
+      .def_readwrite("_communicates", &Variant::communicates)
       .def("_lift_fixed", &Variant::lift_fixed)
       .def("_lift_storage", &Variant::lift_storage)
       .def("_lift_gradient", &Variant::lift_gradient)

@@ -23,11 +23,12 @@ struct Call {
 
 // Where a replay takes a lifted tensor from.
 struct Source {
-  enum class Kind : uint8_t { Argument, State, Fixed, Storage, Gradient } kind;
+  enum class Kind : uint8_t { Argument, State, Number, Fixed, Storage, Gradient } kind;
   int64_t index = -1; // of the leaf, the handle of the slot, or whose gradient it is
   at::Tensor tensor; // one that is the same on each call
   bool made = false; // by the program, so nobody else has it
   std::optional<TensorGuard> guard; // of a tensor in a slot
+  int64_t element = -1; // of a tuple of floats in a slot
 };
 
 // Lifted tensors that were lifted as views of one storage.
@@ -73,6 +74,14 @@ class Variant {
   int64_t hits = 0;
   int64_t misses = 0;
   bool checked = false; // the first run has been compared with what was recorded
+  bool stale = false; // not to be used again
+  // The roots that the program's outputs are, of `num_roots`; none: it gives all of them.
+  std::vector<int64_t> outputs;
+  int64_t num_roots = 0;
+  // Lifted leaves whose gradients the program sets without having looked at them.
+  std::vector<int64_t> overwritten;
+  // Must not run twice in a call, since other processes take part in it.
+  bool communicates = false;
 
   // Setting up, from Python.
   void set_arguments(const py::object& spec, const py::list& leaves, bool with_offset);
@@ -82,6 +91,8 @@ class Variant {
   void add_tied(const py::object& slot, const py::object& other);
   void lift_argument(int64_t leaf);
   void lift_slot(const py::object& slot, const py::object& tensor, bool with_offset);
+  // A float in a slot, or an element of a tuple there.
+  void lift_number(const py::object& slot, int64_t element);
   // No tensor: a tangent, which only the backward reads.
   void lift_fixed(const std::optional<at::Tensor>& tensor, bool made);
   void lift_storage();
@@ -92,6 +103,11 @@ class Variant {
   void add_group(int64_t base, std::vector<std::pair<int64_t, int64_t>> members, size_t nbytes);
   void set_written(const std::vector<int64_t>& indices);
   void add_guard(DataGuard guard);
+  // The guarded values alone, to look at before anything else.
+  void set_precheck(const std::shared_ptr<Program>& program, std::vector<int64_t> parameters) {
+    precheck_ = program;
+    precheck_parameters_ = std::move(parameters);
+  }
   void set_program(const py::object& program);
   py::object program() const;
   void set_native_finish(const std::vector<SimpleWrite>& writes, const py::tuple& result);
@@ -125,8 +141,13 @@ class Variant {
   std::vector<int64_t> group_of_; // -1: on its own
   std::vector<int64_t> written_;
   std::vector<DataGuard> guards_;
+  // Whether the guards hold; else raises a mismatch.
+  bool check(const std::vector<at::Tensor>& values);
+
   std::shared_ptr<Program> program_;
   std::shared_ptr<Runnable> runnable_;
+  std::shared_ptr<Program> precheck_;
+  std::vector<int64_t> precheck_parameters_;
   bool native_finish_ = false;
   std::vector<SimpleWrite> writes_;
   Result result_{Result::Kind::Constant};

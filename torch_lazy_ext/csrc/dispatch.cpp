@@ -91,6 +91,33 @@ bool is_factory(const c10::FunctionSchema& schema, const Stack& stack) {
   return false;
 }
 
+bool has_number(const Stack& stack, size_t nargs) {
+  return std::any_of(stack.end() - static_cast<int64_t>(nargs), stack.end(), [](const IValue& v) {
+    return v.isSymFloat() ||
+        (v.isList() && std::any_of(v.toListRef().begin(), v.toListRef().end(), [](const IValue& e) {
+           return e.isSymFloat();
+         }));
+  });
+}
+
+// Puts any float in the place of each number that the graph computes.
+void forget_numbers(Stack* stack, size_t nargs) {
+  for (size_t i = stack->size() - nargs; i < stack->size(); ++i) {
+    IValue& v = (*stack)[i];
+    if (v.isSymFloat()) {
+      v = 1.0;
+    } else if (v.isList()) {
+      c10::impl::GenericList list = v.toList().copy();
+      for (size_t k = 0; k < list.size(); ++k) {
+        if (list.get(k).isSymFloat()) {
+          list.set(k, 1.0);
+        }
+      }
+      v = std::move(list);
+    }
+  }
+}
+
 void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
   const size_t nargs = op.schema().arguments().size();
   Recorder* recorder = Recorder::current();
@@ -101,9 +128,14 @@ void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stac
       any_tensor = any_tensor || t.defined();
       any_capture = any_capture || is_captured(t);
     });
-    if (any_capture || (!any_tensor && is_factory(op.schema(), *stack))) {
+    const bool any_number = has_number(*stack, nargs);
+    if (any_capture || (!any_tensor && any_number) || (!any_tensor && is_factory(op.schema(), *stack))) {
       recorder->record(op, stack);
       return;
+    }
+    if (any_number) {
+      // Functionalization tries in-place operators on meta tensors; they want a float.
+      forget_numbers(stack, nargs);
     }
   }
   c10::impl::ExcludeDispatchKeyGuard guard(DispatchKey::Fake);
@@ -270,6 +302,12 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   return false;
 }
 
+// The optimizers' fused kernels. Their float arguments may be numbers that the graph computes,
+// which PyTorch's kernels on the way (autograd, functionalization) would ask for their values.
+bool is_fused(const c10::OperatorHandle& op) {
+  return op.schema().is_mutable() && op.schema().name().rfind("aten::_fused_", 0) == 0;
+}
+
 // Writes to its arguments, and functionalization knows no variant that does not, or one that
 // does something else.
 bool has_no_functional_variant(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
@@ -278,9 +316,10 @@ bool has_no_functional_variant(const c10::OperatorHandle& op, const Stack& stack
     // Its functional variant draws for a contiguous tensor.
     return !stack[begin].toTensor().is_contiguous();
   }
-  return schema.is_mutable() && schema.name().compare(0, 6, "aten::") != 0 &&
-      !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
-      !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
+  return is_fused(op) ||
+      (schema.is_mutable() && schema.name().compare(0, 6, "aten::") != 0 &&
+       !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
+       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd));
 }
 
 uint32_t version_of(const at::Tensor& t) {
@@ -400,6 +439,15 @@ void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
         recorder.describe(recorder.current_source()),
         "): keep this part outside of the captured program"));
   }
+  if (name.compare(0, 6, "c10d::") == 0) {
+    throw Unsupported(c10::str(
+        op.schema().operator_name(),
+        " talks to other processes (at ",
+        recorder.describe(recorder.current_source()),
+        ") in a way that cannot be recorded: call torch.distributed.all_reduce, broadcast, "
+        "all_gather_into_tensor or reduce_scatter_tensor as attributes of torch.distributed, or "
+        "torch.distributed._functional_collectives"));
+  }
 }
 
 bool is_view_of_custom_operator(const c10::OperatorHandle& op) {
@@ -440,7 +488,8 @@ bool record_lifted(
     return false;
   }
   std::vector<Written> written = written_to(op, *stack, begin);
-  if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view)) {
+  const bool fused = is_fused(op);
+  if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view) && !fused) {
     try {
       rehearse(recorder, op, *stack, begin);
     } catch (const Unsupported&) {
@@ -454,7 +503,12 @@ bool record_lifted(
   lifted_arguments = true;
   auto id_of = [](const at::Tensor& t) { return reinterpret_cast<uintptr_t>(storage_of(t)); };
   const bool alone = has_no_functional_variant(op, *stack, begin);
-  if (alone) {
+  if (fused) {
+    c10::impl::ExcludeDispatchKeyGuard skip(
+        DispatchKeySet(DispatchKey::Functionalize) |
+        c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+    op.callBoxed(stack);
+  } else if (alone) {
     c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
     op.callBoxed(stack);
     for (const Written& w : written) {
@@ -478,7 +532,7 @@ bool record_lifted(
       recorder.inference_writes[id_of(w.tensor)] += alone ? 0 : 1;
     } else if (
         w.tensor._version() == w.version &&
-        op.schema().name().rfind("aten::_foreach_", 0) == 0) {
+        (fused || op.schema().name().rfind("aten::_foreach_", 0) == 0)) {
       // Eager's kernel is a loop of in-place operators.
       w.tensor.unsafeGetTensorImpl()->bump_version();
     }

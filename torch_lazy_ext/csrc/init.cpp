@@ -4,6 +4,7 @@
 #include "lower.h"
 #include "methods.h"
 #include "record.h"
+#include "update.h"
 
 #include <ATen/FunctionalTensorWrapper.h>
 #include <torch/csrc/jit/python/pybind.h>
@@ -197,6 +198,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             });
           })
       .def(
+          "communicates",
+          [](const Recorder& r) {
+            return std::any_of(
+                r.nodes.begin(), r.nodes.end(), [](const auto& n) { return n->collective(); });
+          })
+      .def(
           "run_checked",
           [](Recorder& r,
              const std::vector<ValueRef>& roots,
@@ -363,8 +370,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          size_t num_exposed,
          int64_t begin,
          int64_t end,
-         const std::vector<ValueRef>& boundary) {
-        Lowered l = lower(r, roots, num_exposed, begin, end, boundary);
+         const std::vector<ValueRef>& boundary,
+         bool random,
+         bool collectives) {
+        Lowered l = lower(r, roots, num_exposed, begin, end, boundary, random, collectives);
         return py::make_tuple(l.graph, l.parameters);
       },
       py::arg("recorder"),
@@ -372,7 +381,33 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("num_exposed"),
       py::arg("begin"),
       py::arg("end"),
-      py::arg("boundary") = std::vector<ValueRef>());
+      py::arg("boundary") = std::vector<ValueRef>(),
+      py::arg("random") = true,
+      py::arg("collectives") = true);
+  m.def("update_boundary", &update_boundary);
+  m.def("write_in_place", [](const std::shared_ptr<torch::jit::Graph>& graph, const std::vector<int64_t>& targets) {
+    write_in_place(*graph, targets);
+  });
+  m.def(
+      "call_with_numbers",
+      [](const std::string& name,
+         const py::tuple& args,
+         const py::dict& kwargs,
+         const std::vector<std::pair<std::string, c10::SymFloat>>& numbers) {
+        auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+        torch::jit::Stack stack =
+            torch::jit::createStackForSchema(
+            op.schema(),
+            torch::jit::tuple_slice(args),
+            py::reinterpret_borrow<py::kwargs>(kwargs),
+            std::nullopt);
+        for (const auto& [argument, number] : numbers) {
+          stack[op.schema().argumentIndexWithName(argument).value()] = number;
+        }
+        py::gil_scoped_release no_gil;
+        op.callBoxed(&stack);
+      },
+      "Call an operator that returns nothing, with floats that the graph computes.");
   m.def(
       "standalone",
       [](const py::function& fn, const py::args& args, const py::kwargs& kwargs) {

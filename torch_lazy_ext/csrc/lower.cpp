@@ -155,7 +155,21 @@ class Lowering {
     if (a.kind == ArgKind::Tensor) {
       return operand(a.values[0]);
     }
+    if (a.kind == ArgKind::Number) {
+      return number(a.values[0]);
+    }
+    if (a.kind == ArgKind::WrappedNumber) {
+      return graph_->insert(
+          c10::Symbol::fromQualString("torch_lazy_ext::wrapped_number"), {number(a.values[0])});
+    }
     std::vector<Value*> elements;
+    if (a.kind == ArgKind::NumberList) {
+      for (size_t k = 0; k < a.values.size(); ++k) {
+        elements.push_back(
+            a.values[k].node >= 0 ? number(a.values[k]) : graph_->insertConstant(a.constant.toListRef()[k]));
+      }
+      return graph_->insertNode(graph_->createList(c10::NumberType::get(), elements))->output();
+    }
     for (const ValueRef& v : a.values) {
       elements.push_back(v.node >= 0 ? operand(v) : graph_->insertConstant(c10::IValue()));
     }
@@ -176,6 +190,10 @@ class Lowering {
       }
     }
     return value;
+  }
+
+  Value* number(const ValueRef& v) {
+    return graph_->insert(c10::aten::Float, {operand(v)});
   }
 
   // TorchScript finds the overload by the types of the inputs. Where that leads it astray
@@ -239,7 +257,9 @@ Lowered lower(
     size_t num_exposed,
     int64_t begin,
     int64_t end,
-    const std::vector<ValueRef>& boundary) {
+    const std::vector<ValueRef>& boundary,
+    bool random,
+    bool collectives) {
   const int64_t count = static_cast<int64_t>(recorder.nodes.size());
   std::set<std::pair<int64_t, int64_t>> boundary_set;
   for (const ValueRef& v : boundary) {
@@ -261,8 +281,10 @@ Lowered lower(
   }
   for (int64_t i = count - 1; i >= 0; --i) {
     GenericNode& n = recorder.node(i);
-    // A random node moves the generator even when nobody uses its numbers.
-    if (n.random() && !n.call->reads_generator && lowered_here(i)) {
+    // A random node moves the generator even when nobody uses its numbers, and a collective
+    // has other processes wait for it.
+    const bool draws = random && n.random() && !n.call->reads_generator;
+    if ((draws || (collectives && n.collective())) && lowered_here(i)) {
       live[i] = 1;
     }
     if (live[i] != 0 && n.call) {
@@ -316,7 +338,7 @@ Lowered lower(
     result.graph->registerOutput(context.GetOutputOp(output_of(r)));
   }
   for (int64_t i = 0; i < count; ++i) {
-    if (live[i] != 0 && recorder.node(i).random()) {
+    if (live[i] != 0 && recorder.node(i).pinned()) {
       // The executor drops what nobody uses: an output keeps it.
       Value* v = context.GetOutputOp(torch::lazy::Output(&recorder.node(i), 0));
       if (!v->hasUses()) {

@@ -13,16 +13,19 @@ struct Lowered {
   std::vector<int64_t> parameters;
 };
 
-// Lowers what `roots` need of the nodes [begin, end), and their random nodes, in program
+// Lowers what `roots` need of the nodes [begin, end), in program
 // order. Values in `boundary` are inputs of the graph, after the lifted tensors. Equal nodes
 // are lowered once, except those whose memory one of the first `num_exposed` roots hands
-// out: a program may write to its results.
+// out: a program may write to its results. Random nodes and collectives are lowered whether or
+// not a root needs them, if `random` and `collectives` say so.
 Lowered lower(
     Recorder& recorder,
     const std::vector<ValueRef>& roots,
     size_t num_exposed,
     int64_t begin,
     int64_t end,
-    const std::vector<ValueRef>& boundary);
+    const std::vector<ValueRef>& boundary,
+    bool random,
+    bool collectives);
 
 } // namespace tle

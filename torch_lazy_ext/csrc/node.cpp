@@ -29,7 +29,7 @@ torch::lazy::hash_t hash_seed(const OperatorCall& call) {
       h = HashCombine(h, hash_t(v.node < 0 ? int64_t{-1} : v.index));
     }
   }
-  return call.random ? HashCombine(h, hash_t(call.serial)) : h;
+  return call.random || call.collective ? HashCombine(h, hash_t(call.serial)) : h;
 }
 
 } // namespace
@@ -76,6 +76,10 @@ DefaultDtypeGuard::~DefaultDtypeGuard() {
   if (changed_) {
     c10::set_default_dtype(previous_);
   }
+}
+
+double number_of(const at::Tensor& t) {
+  return t.is_meta() ? 1.0 : *t.const_data_ptr<double>();
 }
 
 torch::lazy::hash_t hash_constant(const c10::IValue& v) {

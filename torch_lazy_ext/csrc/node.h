@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include "number.h"
 #include "tensor.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -17,13 +18,26 @@ struct SourceLocation {
   int line = 0;
 };
 
-enum class ArgKind : uint8_t { Constant, Tensor, TensorList, OptionalTensorList };
+// Number: a Scalar or float that the graph computes. WrappedNumber: the same where the
+// operator wants a tensor. NumberList: a list of Scalars, some of which are computed.
+enum class ArgKind : uint8_t {
+  Constant,
+  Tensor,
+  TensorList,
+  OptionalTensorList,
+  Number,
+  WrappedNumber,
+  NumberList
+};
 
 struct Argument {
   ArgKind kind = ArgKind::Constant;
-  std::vector<ValueRef> values; // Tensor: one; lists: one per element
-  c10::IValue constant; // ArgKind::Constant
+  std::vector<ValueRef> values; // Tensor, Number: one; lists: one per element
+  c10::IValue constant; // Constant; NumberList: the elements that are not computed
 };
+
+// The value of a number; of a meta tensor, one that every operator takes.
+double number_of(const at::Tensor& t);
 
 // One call of an operator: tensor arguments by reference, all others by value.
 struct OperatorCall {
@@ -37,7 +51,10 @@ struct OperatorCall {
   bool reads_generator = false; // takes its turn among random nodes, and moves nothing
   // The default dtype it was called under, where the program had changed it.
   std::optional<at::ScalarType> default_dtype;
-  int64_t serial = 0; // tells random calls apart
+  // Talks to other processes: likewise, and never run for a value while a program is recorded.
+  bool collective = false;
+  bool after_collective = false; // depends on one
+  int64_t serial = 0; // tells random and collective calls apart
   bool depends_on_input = false;
   bool depends_on_tangent = false;
   // The kernel asks for the grad mode, and it was on.
@@ -76,6 +93,22 @@ struct OperatorCall {
           stack.emplace_back(std::move(list));
           break;
         }
+        case ArgKind::Number:
+          stack.emplace_back(number_of(tensor_of(a.values[0])));
+          break;
+        case ArgKind::WrappedNumber:
+          stack.emplace_back(wrapped_number(number_of(tensor_of(a.values[0]))));
+          break;
+        case ArgKind::NumberList: {
+          c10::impl::GenericList list = a.constant.toList().copy();
+          for (size_t i = 0; i < a.values.size(); ++i) {
+            if (a.values[i].node >= 0) {
+              list.set(i, number_of(tensor_of(a.values[i])));
+            }
+          }
+          stack.emplace_back(std::move(list));
+          break;
+        }
       }
     }
   }
@@ -109,6 +142,15 @@ class GenericNode : public torch::lazy::TsNode {
 
   bool random() const {
     return call.has_value() && call->random;
+  }
+
+  bool collective() const {
+    return call.has_value() && call->collective;
+  }
+
+  // Live whether or not its results are used.
+  bool pinned() const {
+    return random() || collective();
   }
 
   NodeKind kind;

@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/lazy/core/config.h>
+#include <torch/csrc/utils/python_symnode.h>
 
 #include <cstring>
 #include <unordered_set>
@@ -128,6 +129,26 @@ bool is_device_argument(const c10::Argument& argument) {
   return type->kind() == c10::TypeKind::OptionalType &&
       type->expectRef<c10::OptionalType>().getElementType()->kind() ==
       c10::TypeKind::DeviceObjType;
+}
+
+at::Tensor number_behind(const IValue& value) {
+  pybind11::object node;
+  if (value.isSymFloat()) {
+    pybind11::gil_scoped_acquire gil;
+    const c10::SymNode symbolic = value.toSymFloat().toSymNodeImpl();
+    if (auto* python = dynamic_cast<torch::impl::PythonSymNodeImpl*>(symbolic.get())) {
+      node = pybind11::reinterpret_borrow<pybind11::object>(python->getPyObj());
+      return pybind11::getattr(node, "number", pybind11::none()).cast<at::Tensor>();
+    }
+  } else if (value.isTensor() && value.toTensor().defined() && is_wrapped_number(value.toTensor())) {
+    pybind11::gil_scoped_acquire gil;
+    pybind11::object wrapped = pybind11::cast(value.toTensor());
+    pybind11::object number = pybind11::getattr(wrapped, "_wrapped_number", pybind11::none());
+    if (!number.is_none()) {
+      return number.attr("node").attr("number").cast<at::Tensor>();
+    }
+  }
+  return {};
 }
 
 // -------------------------------------------------------------- begin and end
@@ -545,6 +566,18 @@ std::vector<char> Recorder::needed_for(int64_t target) {
     if (needed[i] == 0) {
       continue;
     }
+    if (n.collective()) {
+      throw Unsupported(c10::str(
+          "the program looks at a value (at ",
+          describe(current_source()),
+          ") that ",
+          n.call->op.schema().operator_name(),
+          " (at ",
+          describe(n.call->source),
+          ") brings from other processes. It is not there while the program is captured, since "
+          "not every process captures at the same call: compute with tensors, or look at the "
+          "value after the call"));
+    }
     TORCH_INTERNAL_ASSERT(n.call);
     random_after = random_after || n.random();
     n.call->for_each_value([&](const ValueRef& v) { needed[v.node] = 1; });
@@ -725,7 +758,6 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
   if (call.grad_mode) {
     call.constants_hash = torch::lazy::HashCombine(call.constants_hash, torch::lazy::hash_t(1));
   }
-  call.depends_on_input = call.random;
   call.reads_generator = op.schema().name() == "torch_lazy_ext::get_rng_state" ||
       op.schema().name() == "torch_lazy_ext::initial_seed";
   const auto default_dtype = c10::typeMetaToScalarType(c10::get_default_dtype());
@@ -734,6 +766,8 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
     call.constants_hash = torch::lazy::HashCombine(
         call.constants_hash, torch::lazy::hash_t(static_cast<int64_t>(default_dtype) + 1000));
   }
+  call.collective = op.schema().name().rfind("_c10d_functional", 0) == 0;
+  call.depends_on_input = call.random || call.collective;
   const bool reads_values = !reads_shape_only(op.schema().name());
   auto add = [&](Argument& a, const at::Tensor& t) {
     if (!t.defined()) {
@@ -746,12 +780,35 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
         call.depends_on_input || (reads_values && node(v.node).depends_on_input);
     call.depends_on_tangent =
         call.depends_on_tangent || (reads_values && node(v.node).depends_on_tangent);
+    const auto& source = node(v.node).call;
+    call.after_collective = call.after_collective ||
+        (source.has_value() && (source->collective || source->after_collective));
     a.values.push_back(v);
   };
   for (size_t i = 0; i < count; ++i) {
     const IValue& v = stack[begin + i];
     Argument& a = call.arguments[i];
-    if (v.isTensor() && v.toTensor().defined() && is_wrapped_number(v.toTensor()) &&
+    if (const at::Tensor number = number_behind(v); number.defined()) {
+      a.kind = v.isTensor() ? ArgKind::WrappedNumber : ArgKind::Number;
+      add(a, number);
+    } else if (v.isList() && std::any_of(v.toListRef().begin(), v.toListRef().end(), [](const IValue& e) {
+                 return e.isSymFloat();
+               })) {
+      a.kind = ArgKind::NumberList;
+      c10::impl::GenericList constants = v.toList().copy();
+      for (size_t k = 0; k < constants.size(); ++k) {
+        const at::Tensor element = number_behind(constants.get(k));
+        if (element.defined()) {
+          add(a, element);
+          constants.set(k, 1.0);
+        } else {
+          a.values.emplace_back();
+        }
+      }
+      a.constant = std::move(constants);
+      call.constants_hash =
+          torch::lazy::HashCombine(call.constants_hash, hash_constant(a.constant));
+    } else if (v.isTensor() && v.toTensor().defined() && is_wrapped_number(v.toTensor()) &&
         v.toTensor().scalar_type() == at::kBool) {
       // TorchScript makes a Scalar of a wrapped number, and takes no bool for one. Bool is
       // the lowest of types, so a plain tensor promotes alike.
@@ -788,7 +845,14 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
     }
   }
   if (op.schema().is_mutable()) {
+    // A fused optimizer writes to the gradients only to scale them.
+    const auto scale = op.schema().argumentIndexWithName("grad_scale");
+    const auto gradients = op.schema().argumentIndexWithName("grads");
+    const bool unscaled = scale.has_value() && stack[begin + *scale].isNone();
     for (size_t i = 0; i < count; ++i) {
+      if (unscaled && gradients == static_cast<int>(i)) {
+        continue;
+      }
       if (call.arguments[i].kind != ArgKind::Constant && op.schema().is_mutable({c10::SchemaArgType::input, i})) {
         call.mutated.push_back(i);
       }
@@ -908,6 +972,20 @@ std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device dev
   if (call.op.hasTag(at::Tag::dynamic_output_shape) ||
       call.op.hasTag(at::Tag::data_dependent_output) || is_check(call)) {
     return std::nullopt;
+  }
+  if (call.op.schema().returns().empty() &&
+      call.op.schema().name().rfind("aten::_fused_", 0) == 0) {
+    // Some of them have no meta kernel. All that comes out is what they write to.
+    Outputs out;
+    for (size_t i : call.mutated) {
+      const Argument& a = call.arguments[i];
+      out.list_lengths.push_back(
+          a.kind == ArgKind::Tensor ? -1 : static_cast<int64_t>(a.values.size()));
+      for (const ValueRef& v : a.values) {
+        out.metas.push_back(meta_of(v));
+      }
+    }
+    return out;
   }
   const ShapeKey key = shape_key(call, device, [&](const ValueRef& v) -> const TensorMeta& {
     return meta_of(v);
@@ -1095,7 +1173,7 @@ Checked Recorder::run_checked(
     live[r.node] = 1;
   }
   for (int64_t i = count - 1; i >= begin; --i) {
-    if (node(i).random()) {
+    if (node(i).pinned()) {
       live[i] = 1;
     }
     if (live[i] != 0 || i < all_before) {
@@ -1128,6 +1206,7 @@ Checked Recorder::run_checked(
   Checked result;
   result.complete = true;
   running = -1;
+  bool communicated = false;
   for (int64_t i = begin; i < count; ++i) {
     GenericNode& n = node(i);
     if (last_use[i] < 0) {
@@ -1151,7 +1230,17 @@ Checked Recorder::run_checked(
         learn(*n.call, device_of(*n.call), real);
         result.learned = true;
       }
-      if (agrees != Agreement::Full) {
+      communicated = communicated || n.collective();
+      if (agrees == Agreement::Strides && communicated) {
+        // The other processes would wait for a second run: go on, with what was promised.
+        for (size_t k = 0; k < n.values.size(); ++k) {
+          const TensorMeta& m = n.metas[k];
+          if (m.defined) {
+            n.values[k] = at::empty_strided(m.sizes, m.strides, n.values[k].options().dtype(m.dtype))
+                              .copy_(n.values[k]);
+          }
+        }
+      } else if (agrees != Agreement::Full) {
         result.complete = false;
         break;
       }
@@ -1206,8 +1295,16 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   const c10::Device device = device_of(call);
   std::optional<Outputs> inferred = infer(call, device);
   const bool observed = !inferred.has_value();
+  if (observed && call.collective) {
+    throw Unsupported(c10::str(
+        op.schema().operator_name(),
+        " says only by running what it gives (at ",
+        describe(call.source),
+        "), and no collective runs while a program is captured: call it outside of the program"));
+  }
   Outputs out = observed ? observe(call, device) : std::move(*inferred);
-  if (verify_layouts && !observed && out.plain.empty()) {
+  if (verify_layouts && !observed && out.plain.empty() && !call.collective &&
+      !call.after_collective) {
     Outputs real = observe(call, device);
     if (compare(real.metas, out.metas) != Agreement::Full) {
       learn(call, device, real);

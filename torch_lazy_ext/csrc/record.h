@@ -252,6 +252,9 @@ c10::StorageImpl* storage_of(const at::Tensor& functional);
 at::Tensor whole_storage(
     const at::Tensor& tensor,
     std::optional<at::ScalarType> dtype = std::nullopt);
+// The capture tensor behind a Python float of the capture (torch_lazy_ext._number.Number) or
+// behind the tensor that PyTorch wraps it in; an undefined tensor for anything else.
+at::Tensor number_behind(const c10::IValue& value);
 
 // Whether an argument of this type names a device.
 bool is_device_argument(const c10::Argument& argument);

@@ -1,0 +1,132 @@
+"""Training steps per second and peak memory: eager, extracted, torch.compile.
+
+    python tools/benchmark/training_step.py [mlp transformer ...] [--contestants eager ...]
+
+Each contestant runs in a process of its own, so that peak memory (the high-water mark of the
+resident set, above what it was before the first step) is its own. `compile model` compiles the
+model alone and runs backward and optimizer as they are; `compile step` compiles the whole function.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONTESTANTS = ("eager", "extracted", "compile model", "compile step")
+
+
+def mlp() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(64, 64), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(64, 10)), (
+        torch.randn(32, 64),
+        torch.randint(0, 10, (32,)),
+    )
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, 64)
+        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layers(self.token(tokens))).transpose(1, 2)
+
+
+def transformer() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    tokens = torch.randint(0, 256, (8, 32))
+    return Transformer(), (tokens, tokens.roll(-1, 1))
+
+
+def large() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Mostly parameters: 128 MiB of them, for the peak of memory."""
+    layers = [nn.Linear(2048, 2048) for _ in range(8)]
+    return nn.Sequential(*layers), (torch.randn(4, 2048), torch.randint(0, 2048, (4,)))
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]] = {
+    "mlp": mlp,
+    "transformer": transformer,
+    "large": large,
+}
+
+
+def measure(name: str, contestant: str, seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model, batch = MODELS[name]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    callee: Callable[..., Tensor] = model
+    if contestant == "compile model":
+        callee = torch.compile(model)
+
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(callee(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step: Callable[..., Tensor] = train_step
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    if contestant == "compile step":
+        step = torch.compile(train_step)
+    elif contestant == "extracted":
+        from torch_lazy_ext import extract_compiled_graph
+
+        step = extract_compiled_graph(train_step, batch)
+    for _ in range(4):
+        step(*batch)
+    ready = time.perf_counter() - begin
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        step(*batch)
+        count += 1
+    rate = count / (time.perf_counter() - begin)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"steps per second": rate, "peak MiB": peak / 1024, "first four steps s": ready}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="model")
+    parser.add_argument("--contestants", nargs="*", default=list(CONTESTANTS))
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--one", action="store_true", help="measure here, and print JSON")
+    options = parser.parse_args()
+    if options.one:
+        result = measure(options.models[0], options.contestants[0], options.seconds)
+        print(json.dumps(result))
+        return
+    for name in options.models:
+        for contestant in options.contestants:
+            command = [sys.executable, __file__, name, "--contestants", contestant, "--one"]
+            command += ["--seconds", str(options.seconds)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                print(f"{name:12} {contestant:14} failed: {done.stderr.strip().splitlines()[-1]}")
+                continue
+            r = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"{name:12} {contestant:14} {r['steps per second']:9.1f} steps/s "
+                f"{r['peak MiB']:8.1f} MiB above the start {r['first four steps s']:7.2f} s "
+                "for the first four",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
