@@ -137,6 +137,20 @@ class DataParallel:
         with module._inside_ddp_forward():
             return module.module(*inputs, **kwargs)
 
+    def check(self) -> None:
+        """To be called after the program.
+
+        Raises:
+            UnsupportedError: gradients are still to come, or never will, that eager averages.
+        """
+        if self.pending:
+            raise UnsupportedError(
+                f"{len(self.pending)} parameters under DistributedDataParallel get no gradient in "
+                "the program, and outside of it its hooks do not see them: call backward() in the "
+                "captured program, on all parameters; or capture the module, and wrap its graph: "
+                "DistributedDataParallel(extract_compiled_graph(module, args).as_module())"
+            )
+
     def _average(self, parameter: torch.Tensor, group: Any) -> None:
         def hook(leaf: torch.Tensor) -> None:
             self.pending.pop(id(parameter)).remove()

@@ -371,10 +371,9 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     lifted = recorder.lifted()
     # A backward may have looked at values of the forward, too.
     precheck, guards = _guards(recorder, state, lifted, roots)
-    end = len(recorder)
     update = None
     if recording.ran_backward or state.numbers:  # a training step
-        update = _update(recorder, lifted, writes, num_results, num_exposed, roots, end)
+        update = _update(recorder, lifted, writes, num_results, num_exposed, roots)
     updated = set() if update is None else {w.root for w in writes if w.in_place}
     outputs = [r for r in range(len(roots.values)) if r not in updated]
     graph, parameters = _C.lower(
@@ -382,7 +381,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         [roots.values[r] for r in outputs],
         sum(r < num_exposed for r in outputs),
         0,
-        end,
+        len(recorder),
     )
     lifted = recorder.lifted()
     return Lowered(
@@ -548,7 +547,6 @@ def _update(
     num_results: int,
     num_exposed: int,
     roots: _Roots,
-    end: int,
 ) -> Update | None:
     """Mark the writes that can happen in place, and lower what only they need."""
     shared = collections.Counter(w.root for w in writes)
@@ -578,7 +576,7 @@ def _update(
     if not chosen:
         return None
     graph, parameters = _C.lower(
-        recorder, written, 0, 0, end, boundary, random=False, collectives=False
+        recorder, written, 0, 0, len(recorder), boundary, random=False, collectives=False
     )
     positions = {index: position for position, index in enumerate(parameters)}
     if not all(w.index in positions for w in chosen):

@@ -188,6 +188,10 @@ class Number(torch.SymFloat):
             return self.node.number.to(dtype, copy=True)
 
     @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return float  # to isinstance()
+
+    @property
     def real(self) -> Number:
         return self
 

@@ -868,6 +868,7 @@ def record(
         with capture.generators.in_place_of(state), capture:
             recording.result = fn(*own_args, **own_kwargs)
         _check_foreign_random(foreign)
+        capture.data_parallel.check()
     except Exception as error:
         # What it raised, it may have raised because it read memory that it had written to
         # through another tensor.

@@ -557,8 +557,14 @@ class ValueTest(unittest.TestCase):
     test_item_of_one_element = maketest(reading(Tensor.item), **holding([[1.5]], [[2.5]], [[-1.0]]))
     test_item_of_several = maketest(
         reading(lambda x: (x + 1).item()),
+        same=("holds_",),
         **holding(*FLOATS[:2]),
         several=Raises(RuntimeError, "2 elements", lambda: (torch.ones(2), torch.rand(2))),
+    )
+    test_kind_of_number = maketest(
+        reading(lambda x: (isinstance(x.item(), float), isinstance(x.item(), (int, bool)))),
+        same=("holds_",),
+        **holding(*FLOATS[:2]),
     )
     test_float = maketest(reading(float), **holding(*FLOATS, 3, True))
     test_int = maketest(reading(int), **holding(0.5, -2.5, 3.5))
@@ -620,6 +626,7 @@ class ValueTest(unittest.TestCase):
     test_twice = maketest(reading(read_twice), **holding(*FLOATS))
     test_view = maketest(
         read_through_a_view,
+        same=("holds_",),
         **{
             f"holds_{v}": lambda v=v: (torch.tensor([[0.5], [v]]), torch.randn(2, 1))
             for v in FLOATS
@@ -633,7 +640,7 @@ class ValueTest(unittest.TestCase):
             for sign in (1, -1)
         },
     )
-    test_modes = maketest(read_under_modes, **holding(*FLOATS))
+    test_modes = maketest(read_under_modes, same=("holds_",), **holding(*FLOATS))
     test_iteration = maketest(iterate, **holding(*VECTORS))
     test_unpacking = maketest(
         unpack,
@@ -944,13 +951,16 @@ class ArithmeticTest(unittest.TestCase):
 
     test_scalars = maketest(arithmetic, **counting(*FLOATS[:4]))
     test_integers = maketest(arithmetic, **counting(0, 1, -3))
-    test_scalar_arguments = maketest(scalar_arguments, **counting(0.5, -0.5, 0.0))
+    test_scalar_arguments = maketest(
+        scalar_arguments, same=("value_-",), **counting(0.5, -0.5, -0.0)
+    )
     test_type_promotion = maketest(dtype_of_result, **counting(2, 2.0, True, 1))
     test_big_integers = maketest(big_integers, **counting(2, 10**9, -5))
     test_back_to_tensors = maketest(back_to_tensors, **counting(1.5, -2.0, 0.1))
     test_tensors_in_a_list = maketest(tensors_in_a_list, **counting(1.5, -2.0, 0.1))
     test_clipping = maketest(
         rescale_if_large,
+        same=("of_1",),  # what is at least 1 is another number, and the same operators
         **{f"of_{n}": lambda n=n: (torch.full((4,), n), torch.randn(3)) for n in (0.1, 1.0, 10.0)},
     )
 
@@ -3041,7 +3051,7 @@ class GuardFailureTest(unittest.TestCase):
 def reported(x: Tensor) -> Tensor:
     if x.sum() > 0:
         return x[x > 1]
-    return x * x.max().item()
+    return x * int(x.max())
 
 
 @expected
@@ -3053,7 +3063,7 @@ class ReportTest(unittest.TestCase):
         for x in ([1.0, 2.0], [-1.0, -2.0], [-1.0, -9.0], [2.0, 0.0]):
             self.graph(torch.tensor(x))
         self.branch, self.mask, self.item = (
-            line_of(reported, text) for text in ("x.sum()", "x[x > 1]", ".item()")
+            line_of(reported, text) for text in ("x.sum()", "x[x > 1]", "int(x.max())")
         )
 
     def test_guards(self) -> None:

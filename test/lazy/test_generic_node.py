@@ -29,7 +29,6 @@ DATA_DEPENDENT: dict[str, str] = {
     "__getitem__": "a mask as index decides about the shape",
     "bincount": "the largest value decides about the shape",
     "equal": "returns a bool",
-    "item": "returns a number",
     "masked_select": "the mask decides about the shape",
     "nn.functional.ctc_loss": "lengths decide about the shape of what is kept for the backward",
     "nn.functional.one_hot": "checks the range of the classes, and may count them",
@@ -41,6 +40,7 @@ DATA_DEPENDENT: dict[str, str] = {
 # The same, where it takes a dtype in which random values are often equal.
 DATA_DEPENDENT_DTYPES: dict[str, str] = {
     "argwhere": "values decide about the shape",
+    "item": "integers decide about sizes and indices, so their value is guarded",
 }
 
 

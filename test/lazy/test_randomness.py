@@ -597,11 +597,6 @@ expected_failures(
         "test_init_trunc_normal_between_others": "captured once more although nothing changed: the first run is with other values",
     }
 )(FactoryTest)
-expected_failures(
-    {
-        "test_random_value_read": "each random number that the program reads is a variant of its own",
-    }
-)(OrderTest)
 
 
 if __name__ == "__main__":
