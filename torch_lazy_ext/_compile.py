@@ -37,7 +37,6 @@ class Graph:
 
     Attributes:
         weights: the inputs that are state of the program, and that no call of it writes to.
-        unsuitable: why a compiler of native code must not have it, or nothing.
         runs_on: the backend that runs it by now.
     """
 
@@ -46,8 +45,18 @@ class Graph:
     ) -> None:
         self.graph = graph
         self.weights = list(weights)
-        self.unsuitable = unsuitable
+        self._unsuitable = unsuitable
         self.runs_on = "torchscript"
+
+    @functools.cached_property
+    def unsuitable(self) -> str:
+        """Why a compiler of native code must not have it, or nothing."""
+        for node in self.graph.nodes():
+            if node.kind().startswith("torch_lazy_ext::torch_lazy_ext."):
+                return "a generator that the program seeds or reads"
+            if node.hasAttribute("default_dtype"):
+                return "operators under another default dtype"
+        return self._unsuitable
 
     @functools.cached_property
     def module(self) -> fx.GraphModule:

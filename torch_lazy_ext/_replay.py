@@ -593,11 +593,6 @@ def _unsuitable(lowered: _lower.Lowered) -> str:
     """What TorchScript alone can run, and the graph itself does not show."""
     if not all(g.is_value for g in lowered.guards):
         return "sizes that depend on the data"
-    for node in lowered.graph.nodes():
-        if node.kind().startswith("torch_lazy_ext::torch_lazy_ext."):
-            return "a generator that the program seeds or reads"
-        if node.hasAttribute("default_dtype"):
-            return "operators under another default dtype"
     inputs = [lowered.lifted[i][0] for i in lowered.parameters]
     if any(t.is_conj() or t.is_neg() for t in inputs):
         return "inputs that are conjugated or negated views"

@@ -365,18 +365,11 @@ std::vector<at::Tensor> Variant::values(PyObject* self, const Call& call) {
       program_->run(stack);
     }
     std::vector<at::Tensor> out;
-    if (!outputs.empty()) {
-      out.resize(num_roots);
-      for (size_t k = 0; k < outputs.size(); ++k) {
-        out[outputs[k]] = std::move(stack[k]).toTensor();
-      }
-      return out;
-    }
     out.reserve(stack.size());
     for (c10::IValue& v : stack) {
       out.push_back(std::move(v).toTensor());
     }
-    return out;
+    return in_place_of_roots(std::move(out));
   }
   if (!checked) {
     // Of all lifted tensors: this run looks also at what no result needs.
@@ -387,7 +380,18 @@ std::vector<at::Tensor> Variant::values(PyObject* self, const Call& call) {
   for (int64_t p : parameters) {
     inputs.push_back(call.tensors[p]);
   }
-  return runnable_->run(inputs);
+  return in_place_of_roots(runnable_->run(inputs));
+}
+
+std::vector<at::Tensor> Variant::in_place_of_roots(std::vector<at::Tensor> values) const {
+  if (outputs.empty()) {
+    return values;
+  }
+  std::vector<at::Tensor> out(num_roots);
+  for (size_t k = 0; k < outputs.size(); ++k) {
+    out[outputs[k]] = std::move(values[k]);
+  }
+  return out;
 }
 
 void Variant::raise_mismatch(const std::vector<at::Tensor>* observed) {
