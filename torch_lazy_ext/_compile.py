@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_lazy_ext import _C, _fx, _native
+from torch_lazy_ext import _C, _fx, _native, _scalars
 from torch_lazy_ext._errors import ExtractionError
 
 BACKENDS = ("torchscript", "fx", "inductor", "tiered")
@@ -37,13 +37,20 @@ class Graph:
 
     Attributes:
         weights: the inputs that are state of the program, and that no call of it writes to.
+        functional: where the graph writes to inputs and gives nothing else, the same graph with
+            what is to be written as outputs, and for each the input that it is written to.
         runs_on: the backend that runs it by now.
     """
 
     def __init__(
-        self, graph: torch._C.Graph, weights: Sequence[int] = (), unsuitable: str = ""
+        self,
+        graph: torch._C.Graph,
+        weights: Sequence[int] = (),
+        unsuitable: str = "",
+        functional: tuple[torch._C.Graph, list[int]] | None = None,
     ) -> None:
         self.graph = graph
+        self.functional = functional
         self.weights = list(weights)
         self._unsuitable = unsuitable
         self.runs_on = "torchscript"
@@ -60,7 +67,7 @@ class Graph:
 
     @functools.cached_property
     def module(self) -> fx.GraphModule:
-        return _fx.graph_module(self.graph)
+        return _fx.graph_module(*(self.functional or (self.graph,)))
 
 
 class Compiler:
@@ -110,6 +117,8 @@ class Compiler:
 
     def _finish(self, graph: Graph, program: _C.Switch, inputs: list[torch.Tensor]) -> None:
         if callable(self.backend):
+            if graph.functional:
+                return  # a compiler that takes graphs need not take some that write to inputs
             program.target = _C.PythonProgram(_called(self.backend, graph, inputs))
             graph.runs_on = _name_of(self.backend)
         elif self.backend == "fx":
@@ -152,8 +161,9 @@ class Compiler:
         try:
             if graph.unsuitable:
                 raise _native.Unsuitable(graph.unsuitable)
-            module = _fx.graph_module(graph.graph)
+            module = _scalars.as_tensors(graph.module)
             code = compile(module, frozen, threads)
+            code.last_is_check = module.meta.get("check", False)
         except Exception as e:
             self._stays(graph, e)
             return

@@ -11,6 +11,7 @@ import dataclasses
 import linecache
 import operator
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,17 +29,18 @@ _ENUMS: dict[str, list[Any]] = {
 }
 
 
-def graph_module(graph: torch._C.Graph) -> fx.GraphModule:
+def graph_module(graph: torch._C.Graph, targets: Sequence[int] | None = None) -> fx.GraphModule:
     """The same operators on the same values, in the same order.
 
-    Inputs and outputs are those of `graph`; the module returns a tuple. Every node that is a tensor
+    Inputs and outputs are those of `graph`; the module returns a tuple. With `targets`, it copies
+    each output to the input with that number instead, and returns an empty tuple. Every node that is a tensor
     has a fake tensor in `meta["val"]` with the recorded sizes, strides, dtype and device, and views
     share the fake storage of what they are views of. Generators are attributes of the module.
 
     Raises:
         ExtractionError: the graph holds a node that is no operator.
     """
-    return _Translation(graph).run()
+    return _Translation(graph).run(targets)
 
 
 class _Translation:
@@ -49,7 +51,7 @@ class _Translation:
         self.mode = FakeTensorMode()
         self.known: dict[int, Any] = {}  # unique value -> fx node, list of them, or a constant
 
-    def run(self) -> fx.GraphModule:
+    def run(self, targets: Sequence[int] | None) -> fx.GraphModule:
         with self.mode, torch.no_grad():
             for i, value in enumerate(self.source.inputs()):
                 node = self.graph.placeholder(f"arg{i}")
@@ -58,6 +60,14 @@ class _Translation:
             for source in self.source.nodes():
                 self.translate(source)
         outputs = tuple(self.known[v.unique()] for v in self.source.outputs())
+        if targets is not None:
+            inputs = list(self.graph.find_nodes(op="placeholder"))
+            for output, target in zip(outputs, targets):
+                copy = self.graph.call_function(
+                    torch.ops.aten.copy_.default, (inputs[target], output)
+                )
+                copy.meta["val"] = inputs[target].meta["val"]
+            outputs = ()
         self.graph.output(outputs).meta["val"] = fx.map_arg(outputs, lambda n: n.meta["val"])
         return fx.GraphModule(self.root, self.graph, "CapturedGraph")
 
@@ -69,6 +79,12 @@ class _Translation:
             self.known[source.output().unique()] = [self.known[v.unique()] for v in source.inputs()]
         elif kind == "prim::ListUnpack":
             self.unpack(self.known[next(source.inputs()).unique()], list(source.outputs()))
+        elif kind == "aten::Float":
+            # A number that the graph computes, wherever an operator takes a float.
+            self.number(torch.ops.aten.item.default, source).meta["val"] = 1.0
+        elif kind == "torch_lazy_ext::wrapped_number":
+            wrapped = self.number(torch.ops.torch_lazy_ext.wrapped_number.default, source)
+            wrapped.meta["val"] = torch.empty((), dtype=torch.float64)
         else:
             self.call(source)
 
@@ -79,6 +95,11 @@ class _Translation:
             setattr(self.root, name, constant)
             return self.graph.get_attr(name)
         return constant
+
+    def number(self, target: torch._ops.OpOverload, source: torch._C.Node) -> fx.Node:
+        node = self.graph.call_function(target, (self.known[next(source.inputs()).unique()],))
+        self.known[source.output().unique()] = node
+        return node
 
     def call(self, source: torch._C.Node) -> None:
         overload = _overload(source)

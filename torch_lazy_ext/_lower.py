@@ -243,11 +243,15 @@ class Update:
 
     Attributes:
         graph: its inputs are lifted tensors, and then values that the main graph computes.
+        functional: the same without the writes; its outputs are what is to be written.
+        targets: for each of these, the input that it is written to.
         parameters: the indices of the lifted tensors among its inputs.
         boundary: the roots that are its other inputs.
     """
 
     graph: torch._C.Graph
+    functional: torch._C.Graph
+    targets: list[int]
     parameters: list[int]
     boundary: list[int]
 
@@ -583,8 +587,10 @@ def _update(
         return None  # values that do not depend on what they replace
     for write in chosen:
         write.in_place = True
-    _C.write_in_place(graph, [positions[w.index] for w in chosen])
-    return Update(graph, parameters, [roots.add(v) for v in boundary])
+    targets = [positions[w.index] for w in chosen]
+    functional = graph.copy()
+    _C.write_in_place(graph, targets)
+    return Update(graph, functional, targets, parameters, [roots.add(v) for v in boundary])
 
 
 def _unspent(

@@ -45,6 +45,7 @@ class Code:
         num_outputs: how many tensors it returns.
         plans: for each output of the graph, whether it comes from an input, which input or which of
             the code's outputs, and sizes, strides and offset of a view of that.
+        last_is_check: the last of these says whether the others are right, and is none itself.
     """
 
     library: str
@@ -52,6 +53,7 @@ class Code:
     constants: list[torch.Tensor]
     num_outputs: int
     plans: list[Plan]
+    last_is_check: bool = False
 
     def program(self) -> _C.NativeProgram:
         return _C.NativeProgram(
@@ -60,6 +62,7 @@ class Code:
             self.constants,
             self.num_outputs,
             [_C.OutputPlan(*plan) for plan in self.plans],
+            self.last_is_check,
         )
 
     def check(

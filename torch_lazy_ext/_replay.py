@@ -140,9 +140,11 @@ class Specialization(_C.Variant):
         self._generators = lowered.generators
         self._overwritten = lowered.overwritten
         self._communicates = lowered.communicates
-        self._update: _C.Program | None = None
+        self._update: _C.Program | _C.Switch | None = None
         if lowered.update is not None:
-            self._update = _C.Program(lowered.update.graph)
+            functional = (lowered.update.functional, lowered.update.targets)
+            self._update_graph = _compile.Graph(lowered.update.graph, functional=functional)
+            self._update = compiler.start(self._update_graph)
             self._outputs, self._num_roots = lowered.outputs, len(lowered.roots)
         if lowered.precheck is not None:
             graph, parameters = lowered.precheck
@@ -178,7 +180,10 @@ class Specialization(_C.Variant):
     @property
     def backend(self) -> str:
         """What runs the graph by now: a backend's name, and why it is not the chosen one."""
-        return self._graph.runs_on
+        names = [self._graph.runs_on]
+        if self._update is not None and self._update_graph.runs_on != names[0]:
+            names.append(f"updates in place: {self._update_graph.runs_on}")
+        return "; ".join(names)
 
     def _guard_calls(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
@@ -308,6 +313,8 @@ class Specialization(_C.Variant):
                 if checked.bumps:
                     self._set_up_native_finish(lowered)
                 self._compiler.finish(self._graph, self._program, inputs)
+                if self._update is not None:
+                    self._compiler.finish(self._update_graph, self._update, [])
                 self._stale = checked.learned
                 self._recorder = None
                 self._checked = True
@@ -406,7 +413,7 @@ def _native_result(source: _lower.Source, seen: set[int]) -> tuple[Any, ...] | N
 
 def _write_back(
     lowered: _lower.Lowered,
-    update: _C.Program | None,
+    update: _C.Program | _C.Switch | None,
     tensors: list[torch.Tensor],
     values: list[Any],
     take: _Results,

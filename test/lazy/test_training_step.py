@@ -80,6 +80,15 @@ def difference(expected: Any, actual: Any) -> str:
     return ""
 
 
+def almost(expected: Any, actual: Any) -> str:
+    """Nothing when two results or states are as close as `torch.testing` wants them."""
+    try:
+        torch.testing.assert_close(actual, expected)
+    except AssertionError as e:
+        return str(e)
+    return ""
+
+
 Inputs = Callable[[], tuple[Tensor, ...]]
 
 
@@ -89,14 +98,19 @@ def check_training(
     inputs: Inputs,
     steps: int = STEPS,
     captures: int = 1,
+    backend: str = "torchscript",
 ) -> CompiledGraph:
-    """Train `steps` steps with and without the graph; exactly `captures` variants serve them."""
+    """Train `steps` steps with and without the graph; exactly `captures` variants serve them.
+
+    Inductor fuses operators, and rounds between them where eager does not: it is compared closely.
+    """
     torch.manual_seed(0)
     oracle = make()
     torch.manual_seed(0)
     training = make()
     before = training.state()
-    graph = extract_compiled_graph(training.step, inputs())
+    graph = extract_compiled_graph(training.step, inputs(), backend=backend)
+    differ = almost if backend == "inductor" else difference
     test.assertEqual(difference(before, training.state()), "", "the extraction changed something")
     for i in range(steps):
         args = inputs()
@@ -106,11 +120,13 @@ def check_training(
             results.append(step(*args))
             generators.append(torch.get_rng_state())
             side.after()
-        test.assertEqual(difference(results[0], results[1]), "", f"results of step {i}")
-        test.assertEqual(difference(oracle.state(), training.state()), "", f"after step {i}")
+        test.assertEqual(differ(results[0], results[1]), "", f"results of step {i}")
+        test.assertEqual(differ(oracle.state(), training.state()), "", f"after step {i}")
         test.assertTrue(torch.equal(*generators), f"random numbers after step {i}")
     test.assertEqual(sum(s.hits for s in graph.specializations), steps)
     test.assertEqual(len(graph.specializations), captures, graph.explain())
+    for variant in graph.specializations:
+        test.assertEqual(variant.backend, backend)
     return graph
 
 
@@ -277,6 +293,25 @@ for _model in MODELS:
                 if _model != "mlp" and not (_kind == "plain" and _i == 0):
                     _test = slow(_test)
                 setattr(OptimizerTest, f"test_{_name}_{_kind}_{_i}_{_model}".lower(), _test)
+
+
+class BackendTest(TrainingTestCase):
+    """Each optimizer on the other backends."""
+
+
+for _backend in ("fx", "inductor"):
+    for _name, _variations in OPTIONS.items():
+        for _kind in kinds(_name):
+            _test = maketest(
+                supervised(MODELS["mlp"][0], makeoptimizer(_name, _kind, _variations[0])),
+                MODELS["mlp"][1],
+                steps=6,
+                captures=expected_captures(_name, _kind, _variations[0]),
+                backend=_backend,
+            )
+            if _backend == "inductor" and (_name, _kind) != ("AdamW", "foreach"):
+                _test = slow(_test)  # it compiles for seconds
+            setattr(BackendTest, f"test_{_name}_{_kind}_{_backend}".lower(), _test)
 
 
 # -------------------------------------------------------------------- what loops do

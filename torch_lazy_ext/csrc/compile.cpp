@@ -80,11 +80,13 @@ NativeProgram::NativeProgram(
     std::vector<int64_t> inputs,
     Tensors constants,
     size_t num_outputs,
-    std::vector<OutputPlan> outputs)
+    std::vector<OutputPlan> outputs,
+    bool last_is_check)
     : inputs_(std::move(inputs)),
       constants_(std::move(constants)),
       num_outputs_(num_outputs),
-      outputs_(std::move(outputs)) {
+      outputs_(std::move(outputs)),
+      last_is_check_(last_is_check) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library != nullptr, "Inductor's library cannot be loaded: ", dlerror());
   entry_ = reinterpret_cast<Entry>(dlsym(library, kEntry));
@@ -131,6 +133,10 @@ Tensors NativeProgram::run(const Tensors& inputs) {
     }
     outputs.push_back(base.as_strided(
         plan.view->sizes, plan.view->strides, base.storage_offset() + plan.view->offset));
+  }
+  if (last_is_check_) {
+    TORCH_CHECK(outputs.back().item<bool>(), "a number of the graph is not finite");
+    outputs.pop_back();
   }
   return outputs;
 }
@@ -212,7 +218,8 @@ void bind_compile(py::module_& m) {
            std::vector<int64_t>,
            Tensors,
            size_t,
-           std::vector<OutputPlan>>());
+           std::vector<OutputPlan>,
+           bool>());
   py::class_<FrozenProgram, Runnable, std::shared_ptr<FrozenProgram>>(m, "FrozenProgram")
       .def(py::init([](std::shared_ptr<Runnable> frozen,
                        const std::vector<int64_t>& weights,

@@ -72,12 +72,15 @@ class NativeProgram : public Runnable {
   //   inputs: which inputs of the graph it takes, in its order.
   //   constants: what it takes after them, the same on each call.
   //   num_outputs: how many tensors it returns.
+  //   outputs: how the outputs of the graph come out of these.
+  //   last_is_check: the last of them says whether the others are right, and is none itself.
   NativeProgram(
       const std::string& path,
       std::vector<int64_t> inputs,
       Tensors constants,
       size_t num_outputs,
-      std::vector<OutputPlan> outputs);
+      std::vector<OutputPlan> outputs,
+      bool last_is_check);
   Tensors run(const Tensors& inputs) override;
 
  private:
@@ -87,6 +90,7 @@ class NativeProgram : public Runnable {
   Tensors constants_;
   size_t num_outputs_;
   std::vector<OutputPlan> outputs_;
+  bool last_is_check_;
 };
 
 // Code that has the values of some inputs in it: valid while those inputs are the same
