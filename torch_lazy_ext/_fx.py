@@ -33,9 +33,10 @@ def graph_module(graph: torch._C.Graph, targets: Sequence[int] | None = None) ->
     """The same operators on the same values, in the same order.
 
     Inputs and outputs are those of `graph`; the module returns a tuple. With `targets`, it copies
-    each output to the input with that number instead, and returns an empty tuple. Every node that is a tensor
-    has a fake tensor in `meta["val"]` with the recorded sizes, strides, dtype and device, and views
-    share the fake storage of what they are views of. Generators are attributes of the module.
+    each output to the input with that number instead, and returns an empty tuple. Every node that
+    is a tensor has a fake tensor in `meta["val"]` with the recorded sizes, strides, dtype and
+    device, and views share the fake storage of what they are views of. Generators are attributes of
+    the module.
 
     Raises:
         ExtractionError: the graph holds a node that is no operator.

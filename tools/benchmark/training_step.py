@@ -3,8 +3,9 @@
     python tools/benchmark/training_step.py [mlp transformer ...] [--contestants eager ...]
 
 Each contestant runs in a process of its own. Peak memory is the high-water mark of the resident set
-while steps run, after the first ones, above what it was before the first step (Linux only). `compile model` compiles the
-model alone and runs backward and optimizer as they are; `compile step` compiles the whole function.
+while steps run, after the first ones, above what it was before the first step (Linux only).
+`compile model` compiles the model alone and runs backward and optimizer as they are; `compile step`
+compiles the whole function.
 """
 
 import argparse
