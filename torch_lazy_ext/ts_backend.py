@@ -25,4 +25,4 @@ def init() -> None:
     """
     with _lock:
         if not _is_registered():
-            torch._lazy.ts_backend.init()  # type: ignore[no-untyped-call]
+            torch._lazy.ts_backend.init()
