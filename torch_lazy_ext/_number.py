@@ -64,7 +64,8 @@ class _Node:
         return True
 
     def guard_float(self, file: str, line: int) -> float:
-        return self.values.observe(self.number)
+        value: float = self.values.observe(self.number)
+        return value
 
 
 def _operand(value: Any) -> Any:
@@ -88,7 +89,7 @@ def _binary(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, reflected
 
 
-def _comparison(name: str) -> Callable[..., Any]:
+def _comparison(name: str) -> Callable[..., bool]:
     op = getattr(torch, name)
 
     def compare(self: Number, other: Any) -> Any:
@@ -122,8 +123,10 @@ class Number(torch.SymFloat):
         values: the capture.
     """
 
+    node: _Node
+
     def __init__(self, tensor: torch.Tensor, values: Values) -> None:
-        super().__init__(_Node(tensor, values))
+        super().__init__(_Node(tensor, values))  # type: ignore[no-untyped-call] # PyTorch's own
 
     def _made(self, op: Callable[..., torch.Tensor], *operands: Any) -> Number:
         with torch.no_grad():
@@ -187,8 +190,8 @@ class Number(torch.SymFloat):
         with torch.no_grad():
             return self.node.number.to(dtype, copy=True)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc] # object's can be assigned to, and a number is always a float
+    def __class__(self) -> type:
         return float  # to isinstance()
 
     @property
