@@ -69,7 +69,7 @@ def broadcast(
     group_src: int | None = None,
 ) -> Done | None:
     group = _group(group)
-    root = dist.get_group_rank(group, src) if group_src is None else group_src
+    root = dist.distributed_c10d._canonicalize_group_rank(group, src, group_src)
     value = torch.ops._c10d_functional.broadcast(tensor.detach(), root, group.group_name)
     return _finish(tensor, value, async_op)
 
@@ -154,6 +154,7 @@ class DataParallel:
     def _average(self, parameter: torch.Tensor, group: Any) -> None:
         def hook(leaf: torch.Tensor) -> None:
             self.pending.pop(id(parameter)).remove()
+            assert leaf.grad is not None  # it was just accumulated
             with torch.no_grad():
                 leaf.grad.div_(group.size())  # as the reducer does, before it sums
                 all_reduce(leaf.grad, group=group)
