@@ -212,8 +212,11 @@ class Generators:
 class StandIn(torch._C.Generator):
     """Takes the place of a generator in a program that is captured."""
 
+    _generators: Generators
+
     def __new__(cls, generators: Generators, device: torch.device) -> StandIn:
-        made = super().__new__(cls, device=device)
+        # PyTorch's stub says __init__, and its C++ code takes the device in __new__.
+        made = super().__new__(cls, device=device)  # type: ignore[call-arg]
         made._generators = generators
         return made
 
@@ -234,7 +237,7 @@ class StandIn(torch._C.Generator):
     def seed(self) -> int:
         raise unrepeatable("torch.Generator.seed")
 
-    def _refuse(self, *args: Any) -> Any:
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
             "the program copies or shares the state of a torch.Generator: use get_state() and "
             "set_state()"
