@@ -309,7 +309,7 @@ def call_with_numbers(
     arg0: str,
     arg1: tuple[typing.Any, ...],
     arg2: dict[typing.Any, typing.Any],
-    arg3: collections.abc.Sequence[tuple[str, float]],
+    arg3: collections.abc.Sequence[tuple[str, float | torch.SymFloat]],
 ) -> None:
     """
     Call an operator that returns nothing, with floats that the graph computes.

@@ -195,13 +195,15 @@ class Capture:
 
     def text(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
         if kwargs or tensor.grad_fn is None:
-            return self.read(func, tensor, **kwargs)
+            text: str = self.read(func, tensor, **kwargs)
+            return text
         # The text of the value, and as PyTorch would add it, where the tensor comes from.
         text = self.read(func, tensor.detach())
         name = type(tensor.grad_fn).__name__
-        return torch._tensor_str._add_suffixes(
+        text = torch._tensor_str._add_suffixes(
             text.removesuffix(")"), [f"grad_fn=<{name}>"], len("tensor("), force_newline=False
         )
+        return text
 
     def format(self, func: Any, tensor: torch.Tensor, spec: str) -> str:
         # As torch.Tensor.__format__: a number is formatted, anything larger is its text.
@@ -287,7 +289,8 @@ class Capture:
 
     def get_data(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         # The getter itself: memory shared, a version counter of its own.
-        return func(self.recorder.twin_of(tensor))
+        data: torch.Tensor = func(self.recorder.twin_of(tensor))
+        return data
 
     def set_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
         twin = self.recorder.twin_of(tensor)
@@ -391,13 +394,15 @@ class Capture:
 
     def storage_offset(self, func: Any, tensor: torch.Tensor) -> int:
         self.recorder.reads_offset = True
-        return func(self.recorder.twin_of(tensor))
+        offset: int = func(self.recorder.twin_of(tensor))
+        return offset
 
     def deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
         if id(tensor) not in memo:
             copy = self.recorder.twin_of(tensor).detach().clone()
             memo[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
-        return memo[id(tensor)]
+        copied: torch.Tensor = memo[id(tensor)]
+        return copied
 
     def collective(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.owns(tensor):
@@ -405,7 +410,8 @@ class Capture:
         return _collectives.FUNCTIONS[func.__name__](tensor, *args, **kwargs)
 
     def wait(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.ops._c10d_functional.wait_tensor(tensor)
+        waited: torch.Tensor = torch.ops._c10d_functional.wait_tensor(tensor)
+        return waited
 
     def forward_data_parallel(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return self.data_parallel.forward(*args, **kwargs)
@@ -451,7 +457,8 @@ def _copy_memory(memory: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _address(array: Any) -> int:
-    return array.__array_interface__["data"][0]
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _owner(array: Any) -> Any:
@@ -504,8 +511,8 @@ _FROM_NUMPY = torch.from_numpy
 
 
 # The slot itself, also while a capture has the property replaced.
-_grad_of = torch._C.TensorBase.grad.__get__
-_set_grad = torch._C.TensorBase.grad.__set__
+_grad_of = vars(torch._C.TensorBase)["grad"].__get__
+_set_grad = vars(torch._C.TensorBase)["grad"].__set__
 
 _METHODS: dict[str, Callable[..., Any]] = {
     "item": Capture.item,
@@ -539,7 +546,7 @@ _FROM_ARRAY = {
     "as_tensor": Capture.from_array,
     "asarray": Capture.from_array,
 }
-_GENERATOR = {
+_GENERATOR: dict[str, Callable[..., Any]] = {
     "manual_seed": Capture.manual_seed,
     "seed": Capture.seed,
     "initial_seed": Capture.initial_seed,
@@ -625,7 +632,7 @@ def _function(original: Any, handler: Callable[..., Any]) -> Any:
 
 class _MakesGenerators(type(torch._C.Generator)):  # type: ignore[misc]
     def __call__(cls, *args: Any, **kwargs: Any) -> torch.Generator:
-        capture = getattr(_running, "capture", None)
+        capture: Capture | None = getattr(_running, "capture", None)
         if capture is None:
             return torch._C.Generator(*args, **kwargs)
         return capture.generators.make(*args, **kwargs)
@@ -683,8 +690,8 @@ def _install() -> None:
         parallel = torch.nn.parallel.DistributedDataParallel
         replace(parallel, "forward", _function(parallel.forward, Capture.forward_data_parallel))
     replace(torch.optim.LBFGS, "step", _function(torch.optim.LBFGS.step, Capture.lbfgs))
-    for owner in (torch.nn.Module, torch.optim.Optimizer):
-        replace(owner, "zero_grad", _function(owner.zero_grad, Capture.zero_grad))
+    for cls in (torch.nn.Module, torch.optim.Optimizer):
+        replace(cls, "zero_grad", _function(cls.zero_grad, Capture.zero_grad))
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
     apply = vars(torch.autograd.Function)["apply"].__func__
     replace(torch.autograd.Function, "apply", classmethod(_function(apply, Capture.apply)))
@@ -924,9 +931,9 @@ def record(
     ]
     recording.ran_backward = capture.ran_backward
     recording.required = [
-        (t, now)
+        (t, required)
         for t in capture.required.values()
-        if (now := recorder.twin_of(t).requires_grad) != t.requires_grad
+        if (required := recorder.twin_of(t).requires_grad) != t.requires_grad
     ]
     for i, (container, old) in enumerate(zip(recording.containers, before)):
         now = _tree.parts(container)
@@ -1050,7 +1057,8 @@ def _release_kept(recording: Recording) -> None:
             continue
         references = sys.getrefcount(tensor) - 2  # its own and ours
         # PyTorch itself may hold a tensor (a view holds its base), and with it the Python object.
-        certainly_held = references - (tensor._use_count() > 1) > 0
+        shared = tensor._use_count() > 1  # type: ignore[attr-defined] # not in PyTorch's stub
+        certainly_held = references - shared > 0
         about = recorder.describe(tensor)
         if not references or not about.captured:
             continue
@@ -1102,6 +1110,7 @@ def _reach(values: list[Any], tensors: dict[int, torch.Tensor]) -> None:
             if value._is_view():
                 # A view keeps its base alive, with its Python object.
                 base = value._base
+                assert base is not None
                 tensors[id(base)] = base
             continue
         taken = _tree.parts(value)

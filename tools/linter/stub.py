@@ -22,6 +22,8 @@ HEADER = '"""The types of the extension, written by tools/linter/stub.py."""\n\n
 
 # What the signatures of pybind11 do not say, or say too generally for a caller.
 REPLACED = (
+    # A parameter that is a SymFloat in C++. One that is a double is the next but one below.
+    (r"(?<!-> )\bfloat\b", "float | torch.SymFloat"),
     (r"typing\.SupportsInt \| typing\.SupportsIndex", "int"),
     (r"typing\.SupportsFloat \| typing\.SupportsIndex", "float"),
     (r"\btorch\.(Graph|Node|Value)\b", r"torch._C.\1"),
