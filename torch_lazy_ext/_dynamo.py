@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped] # no py.typed
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
@@ -30,7 +30,8 @@ def torch_lazy_ext(
 
     def compile(half: fx.GraphModule, _fakes: Sequence[Any]) -> Callable[..., Any]:
         # A call captures: sizes that TorchDynamo took for dynamic are numbers there.
-        return make_boxed_func(CompiledGraph(half, **(options or {})))
+        boxed: Callable[..., Any] = make_boxed_func(CompiledGraph(half, **(options or {})))
+        return boxed
 
     CompiledGraph(module, **(options or {}))  # raises at once
     return aot_autograd(fw_compiler=compile)(module, inputs)

@@ -227,7 +227,8 @@ def attach(
 def _apply(call: _Call, values: list[torch.Tensor]) -> list[torch.Tensor]:
     lowered = call.backward.lowered
     call.outputs = [values[r] for r in lowered.outputs]
-    outputs = _Differentiable.apply(call, *(call.inputs[i] for i in lowered.wrt))
+    inputs = (call.inputs[i] for i in lowered.wrt)
+    outputs = _Differentiable.apply(call, *inputs)  # type: ignore[no-untyped-call] # PyTorch's own
     values = list(values)
     for root, output in zip(lowered.outputs, outputs):
         values[root] = output
@@ -333,7 +334,8 @@ def spend(spent: list[tuple[int, str]], values: list[torch.Tensor]) -> list[torc
         return values
     values = list(values)
     for root, error in spent:
-        values[root] = _Spent.apply(values[root], torch.empty(0, requires_grad=True), error)
+        anchor = torch.empty(0, requires_grad=True)
+        values[root] = _Spent.apply(values[root], anchor, error)  # type: ignore[no-untyped-call] # PyTorch's own
     return values
 
 
