@@ -160,7 +160,9 @@ def _overload(source: torch._C.Node) -> torch._ops.OpOverload:
 
 def _overload_named(name: str, overload: str) -> torch._ops.OpOverload:
     namespace, _, base = name.partition("::")
-    return getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+    packet = getattr(getattr(torch.ops, namespace), base)
+    found: torch._ops.OpOverload = getattr(packet, overload or "default")
+    return found
 
 
 def _argument(argument: torch._C.Argument, value: Any) -> Any:
@@ -174,6 +176,13 @@ def _is_default(argument: torch._C.Argument, value: Any) -> bool:
         return False
     default = _argument(argument, argument.default_value)
     return type(default) is type(value) and repr(default) == repr(value)
+
+
+def outputs_of(module: fx.GraphModule) -> Sequence[Any]:
+    """What a graph returns: nodes, or constants."""
+    outputs = module.graph.output_node().args[0]
+    assert isinstance(outputs, Sequence)
+    return outputs
 
 
 def makes_views(overload: torch._ops.OpOverload) -> bool:
@@ -261,9 +270,12 @@ def dump(module: fx.GraphModule) -> bytes:
             )
         return type(val)(layout(v) for v in val) if isinstance(val, (list, tuple)) else val
 
+    def reference(n: fx.Node) -> Any:
+        return _Reference(positions[n])
+
     nodes = []
     for n in module.graph.nodes:
-        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda m: _Reference(positions[m]))
+        args, kwargs = fx.map_arg((n.args, n.kwargs), reference)
         target = n.target.name() if isinstance(n.target, torch._ops.OpOverload) else n.target
         nodes.append((n.op, target, args, dict(kwargs), layout(n.meta.get("val"))))
     return pickle.dumps(nodes)

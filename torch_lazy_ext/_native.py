@@ -6,6 +6,7 @@ Apart from Inductor itself, which takes a second to import and may work in anoth
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import torch
 from torch import fx
@@ -75,9 +76,7 @@ class Code:
         """
         given = {t.untyped_storage()._cdata for t in inputs}
         made: dict[int, int] = {}  # storage -> which of the code's outputs it is
-        for k, (node, output, plan) in enumerate(
-            zip(module.graph.output_node().args[0], outputs, self.plans)
-        ):
+        for k, (node, output, plan) in enumerate(zip(_fx.outputs_of(module), outputs, self.plans)):
             val = node.meta["val"]
             if (output.shape, output.dtype) != (val.shape, val.dtype) or (
                 output.numel() > 0 and _steps(output) != _steps(val)
@@ -109,12 +108,20 @@ def worth_freezing(module: fx.GraphModule, weights: list[int]) -> list[int]:
     def is_worth_it(node: fx.Node) -> bool:
         return any(
             is_worth_it(user)
-            if user in constant and _fx.makes_views(user.target)
+            if user in constant and _is_part(user)
             else user in constant or user.target in packing
             for user in node.users
         )
 
     return [i for i in weights if is_worth_it(placeholders[i])]
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node is its operand in another form: a view of it, or one of several tensors."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return _fx.makes_views(target)
+    return target is operator.getitem
 
 
 def has_large_products(module: fx.GraphModule) -> bool:
@@ -155,7 +162,7 @@ def outputs_of(module: fx.GraphModule) -> tuple[list[fx.Node], list[Plan]]:
     placeholders = {n: i for i, n in enumerate(module.graph.find_nodes(op="placeholder"))}
     owners: dict[fx.Node, int] = {}
     plans: list[Plan] = []
-    for node in module.graph.output_node().args[0]:
+    for node in _fx.outputs_of(module):
         if not isinstance(node, fx.Node) or not is_tensor(node):
             raise Unsuitable("a result that is no tensor")
         val = node.meta["val"]

@@ -436,6 +436,26 @@ class FreezeTest(unittest.TestCase):
             (left,) = set(weights) - set(frozen)
             self.assertEqual(placeholders[left].meta["val"].shape, module.table.weight.shape)
 
+    def test_parts_of_a_weight_are_worth_freezing(self) -> None:
+        class Parts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.added = nn.Parameter(torch.randn(2, 3, 3))
+                self.returned = nn.Parameter(torch.randn(2, 3))
+
+            def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+                left, right = self.added.unbind()
+                return (x.mm(left + right), *self.returned.unbind())
+
+        with torch.no_grad():
+            module, args = Parts(), (torch.randn(2, 3),)
+            graph = extract_compiled_graph(module, args).graph_module
+            self.assertEqual(_native.worth_freezing(graph, [1, 2]), [1])
+            compiled = extract_compiled_graph(module, args, backend="inductor", freeze=True)
+            for _ in range(3):
+                torch.testing.assert_close(compiled(*args), module(*args))
+            self.assertEqual(compiled.specializations[0].backend, "inductor")
+
     def test_what_is_written_to_is_not_frozen(self) -> None:
         with torch.no_grad():
             graph = extract_compiled_graph(Counter(), (torch.ones(2, 3),), freeze=True)
