@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx, config, freezing_utils
@@ -29,7 +30,7 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from torch_lazy_ext import _native
+from torch_lazy_ext import _fx, _native
 
 aten = torch.ops.aten
 
@@ -118,9 +119,7 @@ def _configured(settings: dict[str, Any], threads: int) -> Iterator[None]:
         config.patch(settings),
         config.patch(compile_fx.get_cpp_wrapper_config()),
         # Compiling draws no numbers. Another thread may do so meanwhile, and would draw them again.
-        unittest.mock.patch.object(
-            compile_fx.dynamo_utils, "preserve_rng_state", contextlib.nullcontext
-        ),
+        unittest.mock.patch.object(dynamo_utils, "preserve_rng_state", contextlib.nullcontext),
         # Constants are arguments of the code. With their addresses in its comments, the library
         # on disk would serve no other process.
         unittest.mock.patch.object(CppWrapperCpu, "write_constant", lambda *_args: None),
@@ -197,7 +196,7 @@ def _freeze(graph: fx.GraphModule, frozen: dict[int, torch.Tensor]) -> bool:
     # A result that is a constant is a new tensor on each call: the caller may write to it.
     output = graph.graph.output_node()
     with graph.graph.inserting_before(output):
-        for node in output.args[0]:
+        for node in _fx.outputs_of(graph):
             if node.op == "get_attr":
                 copy = graph.graph.call_function(aten.clone.default, (node,))
                 copy.meta["val"] = node.meta["val"].clone()
@@ -208,12 +207,13 @@ def _freeze(graph: fx.GraphModule, frozen: dict[int, torch.Tensor]) -> bool:
 
 def _keep_layouts(graph: fx.GraphModule) -> None:
     output = graph.graph.output_node()
-    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    output.meta["user_visible_output_idxs"] = list(range(len(_fx.outputs_of(graph))))
 
 
 def _library_of(call: Callable[..., Any]) -> str:
     """The file of the library behind the function that Inductor's generated module offers."""
-    return call.__globals__["inductor_entry"].__self__.__file__
+    file: str = call.__globals__["inductor_entry"].__self__.__file__
+    return file
 
 
 def _constants_of(call: Callable[..., Any], num_inputs: int) -> list[torch.Tensor]:
