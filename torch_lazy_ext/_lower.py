@@ -329,7 +329,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     sources = _Sources(recording, state, roots)
     result = sources.of(recording.result)
     refills = [(i, sources.build(c)) for i, c in recording.refilled.items()]
-    effects = []
+    effects: list[tuple[Any, Any, Any]] = []
     for change in recording.changes:
         if change.key is _lift.CONTENT:
             effects.append((change.owner, change.key, sources.build(change.value)))
@@ -356,12 +356,14 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
     for write in writes:
         if write.differentiable:
+            assert write.root is not None
             twin = lifted[write.index][1]
             sources.differentiable.append((FromRoot(write.root), twin))
     num_exposed = len(roots.values)
     _check_sharing(recorder, lifted, writes)
     end = len(recorder)
-    backward, spent = None, []
+    backward: Backward | None = None
+    spent: list[tuple[int, str]] = []
     if sources.differentiable:
         differentiable = sources.differentiable
         # What a backward needs is gone when it has run, or may have been written to.
@@ -388,6 +390,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         len(recorder),
     )
     lifted = recorder.lifted()
+    strided = graph.findNode("aten::as_strided")  # type: ignore[attr-defined] # not in its stub
     return Lowered(
         graph=graph,
         roots=roots.values,
@@ -416,7 +419,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         modes=recording.modes,
         uses_storage_offset=sources.uses_storage_offset
         or recorder.reads_offset
-        or graph.findNode("aten::as_strided") is not None,
+        or strided is not None,
         backward=backward,
     )
 
@@ -435,6 +438,7 @@ def lower_derivative(recording: Recording, state: _lift.State, order: int) -> De
     for i in range(len(lifted)):
         for write in _write(recorder, lifted, i, sources, roots):
             if write.differentiable:
+                assert write.root is not None
                 sources.differentiable.append((FromRoot(write.root), lifted[i][1]))
     outputs = list({source.root: leaf for source, leaf in sources.differentiable}.values())
     leaves = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
@@ -555,6 +559,7 @@ def _update(
     """Mark the writes that can happen in place, and lower what only they need."""
     shared = collections.Counter(w.root for w in writes)
     read = {w.root for w in writes if w.meta is not None or w.source is not None}
+    new = {w.index: roots.values[w.root] for w in writes if w.root is not None}
     chosen = [
         w
         for w in writes
@@ -567,13 +572,13 @@ def _update(
         and shared[w.root] == 1
     ]
     while chosen:
-        written = [roots.values[w.root] for w in chosen]
+        written = [new[w.index] for w in chosen]
         updated = set(written)
         kept = [v for v in roots.values if v not in updated]
         boundary = _C.update_boundary(recorder, kept, written)
         # What the main graph computes anyway is an ordinary write.
         computed = set(boundary)
-        rest = [w for w in chosen if roots.values[w.root] not in computed]
+        rest = [w for w in chosen if new[w.index] not in computed]
         if len(rest) == len(chosen):
             break
         chosen = rest
@@ -679,7 +684,7 @@ def _paths(outputs: list[torch.Tensor]) -> dict[int, frozenset[int]]:
     order: list[Any] = []  # every function before those that it leads to, once reversed
     found: set[Any] = set()
     for output in outputs:
-        stack = [(output.grad_fn, False)]
+        stack: list[tuple[Any, bool]] = [(output.grad_fn, False)]
         while stack:
             function, done = stack.pop()
             if done:
@@ -720,7 +725,7 @@ def _write(
     # Without such a mutation, other strides are functionalization's: an out-of-place
     # operator gives a dense tensor in the place of a strided one.
     if id(twin) not in sources.assigned and (about.metadata_mutated or twin.shape != tensor.shape):
-        offset = twin.storage_offset() - tensor.storage_offset()
+        offset = int(twin.storage_offset()) - int(tensor.storage_offset())
         meta = (list(twin.shape), list(twin.stride()), offset)
     differentiable = _has_own_history(twin, recorder.sources()[index])
     if differentiable and (meta is not None or base >= 0):
@@ -777,7 +782,7 @@ def _check_sharing(
     for i, (tensor, _twin, constant, base) in enumerate(lifted):
         if not constant and base < 0 and tensor.numel() > 0:
             storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(i)
-    again = []
+    again: list[torch.Tensor] = []
     for write in writes:
         tensor = lifted[write.index][0]
         others = storages.get(tensor.untyped_storage().data_ptr(), [])
@@ -912,7 +917,7 @@ class _Sources:
             index,
             list(leaf.shape),
             list(leaf.stride()),
-            leaf.storage_offset(),
+            int(leaf.storage_offset()),
             leaf.dtype,
             leaf.is_conj(),
             leaf.is_neg(),

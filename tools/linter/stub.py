@@ -34,6 +34,14 @@ REPLACED = (
     (r"\*args, \*\*kwargs", "*args: typing.Any, **kwargs: typing.Any"),
     (r"(def \w+\([^)]*\)):", r"\1 -> typing.Any:"),
     (r"def __eq__\(self, arg0: \w+\)", "def __eq__(self, arg0: object)"),
+    (
+        r"(def lifted\(self\) ->) list\[typing.Any\]",
+        r"\1 list[tuple[torch.Tensor, torch.Tensor, bool, int]]",
+    ),
+    (
+        r"(def guards\(self\) ->) list\[typing.Any\]",
+        r"\1 list[tuple[ValueRef, torch.Tensor | list[int], bool, str]]",
+    ),
 )
 
 
