@@ -8,7 +8,7 @@ import copy
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ class Guard:
 
     def holds(self, value: torch.Tensor) -> bool:
         if not self.is_value:
-            return list(value.shape) == self.expected
+            expected: list[int] = self.expected
+            return list(value.shape) == expected
         return _C.same_bits(value, self.expected)
 
     def __repr__(self) -> str:
@@ -232,20 +233,20 @@ class Specialization(_C.Variant):
             # The first one has the dtype in which the storage was lifted.
             dtype = lowered.lifted[base][0].dtype
             indices.sort(key=lambda i: lowered.lifted[i][0].dtype != dtype)
-            offsets = [(i, lowered.lifted[i][0].storage_offset()) for i in indices]
+            offsets = [(i, int(lowered.lifted[i][0].storage_offset())) for i in indices]
             self._add_group(base, offsets, lowered.lifted[base][0].untyped_storage().nbytes())
         self._set_written([w.index for w in lowered.writes if w.root is not None])
 
     def _set_up_native_finish(self, lowered: _lower.Lowered) -> None:
         """Let the C++ half write back and put the result together, where both are plain."""
-        further = (lowered.backward, lowered.refills, lowered.effects, lowered.assigned)
-        further += (lowered.gradients, lowered.required, lowered.spent, lowered.modes)
-        further += (lowered.update,)
+        further: list[object] = [lowered.backward, lowered.refills, lowered.effects]
+        further += [lowered.assigned, lowered.gradients, lowered.required, lowered.spent]
+        further += [lowered.modes, lowered.update]
         if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
             return
         result = _native_result(lowered.result, set())
         if result is not None:
-            writes = [(w.index, w.root, w.bumps) for w in lowered.writes]
+            writes = [(w.index, w.root, w.bumps) for w in lowered.writes if w.root is not None]
             self._set_native_finish(writes, result)
 
     def may_follow(self, observed: list[torch.Tensor]) -> bool:
@@ -279,20 +280,20 @@ class Specialization(_C.Variant):
         writes = [w for w in self._lowered.writes if w.root is not None]
         return {tensors[w.index].untyped_storage().data_ptr() for w in writes}
 
-    def _first_values(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def _first_values(self, tensors: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """The roots, from a run operator by operator that is compared with the recording."""
         lowered = self._lowered
+        there = {i: t for i, t in enumerate(tensors) if t is not None}
+        inputs = [there[i] for i in lowered.parameters]
         with self._first_run:
             recorder = self._recorder
             if recorder is not None:
-                there = [i for i, t in enumerate(tensors) if t is not None]
-                inputs = [tensors[i] for i in lowered.parameters]
                 try:
                     checked = recorder.run_checked(
                         lowered.roots,
                         0,
-                        recorder.input_values(there),
-                        [tensors[i] for i in there],
+                        recorder.input_values(list(there)),
+                        list(there.values()),
                         lowered.end,
                     )
                 except ExtractionError:
@@ -320,7 +321,7 @@ class Specialization(_C.Variant):
                 self._checked = True
                 return checked.values
         values: list[torch.Tensor | None] = [None] * len(lowered.roots)
-        outputs = self._program.run([tensors[i] for i in lowered.parameters])
+        outputs = self._program.run(inputs)
         for root, value in zip(lowered.outputs, outputs):
             values[root] = value
         return values
@@ -421,7 +422,7 @@ def _write_back(
     writes = lowered.writes
     counted = [w for w in writes if not tensors[w.index].is_inference()]
     versions = [tensors[w.index]._version for w in counted]
-    if any(w.in_place and values[w.root] is None for w in writes):
+    if any(w.in_place and w.root is not None and values[w.root] is None for w in writes):
         assert lowered.update is not None and update is not None
         inputs = [tensors[i] for i in lowered.update.parameters]
         update.run(inputs + [values[r] for r in lowered.update.boundary])
@@ -451,7 +452,7 @@ def _set_memory(tensor: torch.Tensor, value: torch.Tensor, source: _lower.Source
     """Tensor.set_: of nothing, no memory is kept."""
     if value.numel() == 0 and isinstance(source, _lower.FromRoot):
         value = value.new_empty(0).as_strided(value.shape, value.stride())
-    tensor.set_(value)
+    tensor.set_(value)  # type: ignore[call-overload] # the stub knows storages only
 
 
 def _in_mode(value: torch.Tensor, inference: bool) -> torch.Tensor:
@@ -701,15 +702,14 @@ class CompiledGraph(_C.Caller):
         failed: list[Specialization] = []
         observed: list[torch.Tensor] = []
         for specialization in list(self._specializations):
-            if specialization is not tried:
-                call = specialization.match(args, kwargs)
-                if call is None:
-                    continue
+            call = None if specialization is tried else specialization.match(args, kwargs)
+            if call is None and specialization is not tried:
+                continue
             matching += 1
             if not specialization.may_follow(observed):
                 continue
             try:
-                if specialization is tried:
+                if call is None:
                     assert error is not None
                     raise error
                 result = specialization.run(call)
