@@ -258,6 +258,7 @@ class _Frozen:
     def _watch(self, inputs: list[torch.Tensor]) -> None:
         program = self.program()
         if program is not None:
+            assert self.code is not None
             program.target = _C.FrozenProgram(self.code, list(self.values), inputs, self.changed)
 
     def changed(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -295,7 +296,7 @@ def _foldable(module: fx.GraphModule, weights: list[int]) -> list[int]:
     Not a weight whose memory an output shares. None at all when an output depends on nothing else:
     folded, it would be the same tensor on each call, and another one than a view of it.
     """
-    outputs = [n for n in module.graph.output_node().args[0] if isinstance(n, fx.Node)]
+    outputs = [n for n in _fx.outputs_of(module) if isinstance(n, fx.Node)]
     shared = {n.meta["val"].untyped_storage()._cdata for n in outputs}
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     constant = {placeholders[i] for i in weights}
@@ -319,7 +320,8 @@ def _with_constants(graph: torch._C.Graph, frozen: dict[int, torch.Tensor]) -> t
     first = next(graph.nodes(), graph.return_node())
     with graph.insert_point_guard(first):
         for i, value in frozen.items():
-            values[i].replaceAllUsesWith(graph.insertConstant(value))
+            constant = graph.insertConstant(value)  # type: ignore[attr-defined] # not in its stub
+            values[i].replaceAllUsesWith(constant)
     torch._C._jit_pass_constant_propagation(graph)
     torch._C._jit_pass_optimize_frozen_graph(graph, True)
     return graph
@@ -388,7 +390,8 @@ def _elsewhere(
 def _interpreted(module: fx.GraphModule) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
     def run(inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         with torch.no_grad():
-            return fx.Interpreter(module).run(*inputs)
+            outputs: Sequence[torch.Tensor] = fx.Interpreter(module).run(*inputs)
+            return outputs
 
     return run
 
@@ -405,7 +408,7 @@ def _called(
     backend: BackendFunction, graph: Graph, inputs: list[torch.Tensor]
 ) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
     """The callable that a user's backend makes, with its results compared with the graph's."""
-    expected = [n.meta["val"] for n in graph.module.graph.output_node().args[0]]
+    expected = [n.meta["val"] for n in _fx.outputs_of(graph.module)]
     name = _name_of(backend)
     with torch.no_grad():
         # Its own copy: a backend may change the graph it is given.
@@ -414,6 +417,7 @@ def _called(
 
     def run(inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         with torch.no_grad():
+            outputs: Sequence[torch.Tensor]
             outputs = compiled(list(inputs)) if boxed else compiled(*inputs)
         if len(outputs) != len(expected):
             raise ExtractionError(
