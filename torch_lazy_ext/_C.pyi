@@ -290,6 +290,7 @@ class NativeProgram(Runnable):
         arg2: collections.abc.Sequence[torch.Tensor],
         arg3: int,
         arg4: collections.abc.Sequence[OutputPlan],
+        arg5: bool,
     ) -> None: ...
 
 class FrozenProgram(Runnable):

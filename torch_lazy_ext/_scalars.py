@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_lazy_ext import _fx
 from torch_lazy_ext._native import Unsuitable
 
 aten = torch.ops.aten
@@ -82,11 +83,12 @@ class _Rewriting:
         return made
 
     def translate(self, node: fx.Node) -> Any:
+        operands = node.all_input_nodes
         if node.target is aten.item.default or node.target is numbers.wrapped_number.default:
             self.numbers.add(node)
-            return self.known[node.args[0]]
+            return self.known[operands[0]]
         if node.target is numbers.item.default:
-            value = self.call(aten._to_copy.default, self.known[node.args[0]], dtype=torch.float64)
+            value = self.call(aten._to_copy.default, self.known[operands[0]], dtype=torch.float64)
             return self.call(aten.view.default, value, [])
         if node.target in _ARITHMETIC:
             value = self.call(_ARITHMETIC[node.target], *map(self.number, node.args))
@@ -94,16 +96,16 @@ class _Rewriting:
                 self.checked.append(value)
             return value
         if node.op == "output":
-            return self.output(node)
-        if node.op == "call_function" and self.numbers.intersection(node.all_input_nodes):
+            return self.output()
+        if node.op == "call_function" and self.numbers.intersection(operands):
             return self.rewrite(node)
-        if node.target is operator.getitem and isinstance(self.known[node.args[0]], list):
-            return self.known[node.args[0]][node.args[1]]
+        if node.target is operator.getitem and isinstance(self.known[operands[0]], list):
+            return self.known[operands[0]][node.args[1]]
         copy = self.graph.node_copy(node, lambda n: self.known[n])
         return copy
 
-    def output(self, node: fx.Node) -> Any:
-        results = list(fx.map_arg(node.args[0], lambda n: self.known[n]))
+    def output(self) -> Any:
+        results = list(fx.map_arg(_fx.outputs_of(self.module), lambda n: self.known[n]))
         if self.checked:
             finite = [self.call(aten.isfinite.default, n) for n in self.checked]
             every = finite[0]
