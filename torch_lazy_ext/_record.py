@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._functorch import utils as _functorch_utils
 
 from torch_lazy_ext import _C, _collectives, _generators, _lift, _tree
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
@@ -265,6 +266,10 @@ class Capture:
                 "(torch.set_rng_state, torch.random.fork_rng): a replay goes on from its last "
                 "number. Draw from a torch.Generator that is an argument"
             )
+
+    def unwrap(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # `apply` itself may have been looked up before the capture; it calls this.
+        return func(tuple(self.recorder.twin_of(a) if self.owns(a) else a for a in args))
 
     def apply(self, func: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         # No operator: a custom autograd.Function would be given the user's own tensors.
@@ -695,6 +700,8 @@ def _install() -> None:
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
     apply = vars(torch.autograd.Function)["apply"].__func__
     replace(torch.autograd.Function, "apply", classmethod(_function(apply, Capture.apply)))
+    unwrap = _function(_functorch_utils.unwrap_dead_wrappers, Capture.unwrap)
+    replace(_functorch_utils, "unwrap_dead_wrappers", unwrap)
     for name, handler in _FROM_ARRAY.items():
         replace(torch, name, _function(getattr(torch, name), handler))
     for owner, name in _FROM_DATA:

@@ -138,6 +138,8 @@ class _Rewriting:
         name = schema.name.removeprefix("aten::")
         outs = node.meta["val"]
         if not name.startswith("_foreach_"):
+            if not isinstance(outs, torch.Tensor):
+                raise Unsuitable(f"a number of the graph as an argument of {name}")
             return self.element(name, list(arguments.items()), outs)
         made = []
         for i, out in enumerate(outs):
@@ -192,6 +194,13 @@ class _Rewriting:
             scaled = self.call(aten.mul.Tensor, first, scale)
             combine = aten.mul.Tensor if name == "addcmul" else aten.div.Tensor
             return self.call(aten.add.Tensor, own, self.call(combine, scaled, second))
+        if name == "scalar_tensor":
+            return values["s"]
+        if name == "full":
+            made = self.call(aten.full.default, values["size"], 0.0, dtype=values["dtype"])
+            return self.call(aten.fill.Tensor, made, values["fill_value"])
+        if name == "full_like":
+            return self.call(aten.fill.Tensor, values["self"], values["fill_value"])
         if name == "rsub":
             return self.call(aten.sub.Tensor, values["other"], values["self"])
         alpha = values.pop("alpha", 1)

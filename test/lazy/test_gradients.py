@@ -124,6 +124,18 @@ class Custom(nn.Module):
         return TimesThree.apply(x, self.w) + self.w
 
 
+class CustomByReference(nn.Module):
+    """Has looked `apply` up before any capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3))
+        self.function = TimesThree.apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w)
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -219,6 +231,9 @@ class TrainingTest(unittest.TestCase):
     test_encoder_layer = maketest(lambda: nn.TransformerEncoderLayer(8, 2, 16), floats((3, 2, 8)))
     test_several = maketest(Several, floats((2, 3)))
     test_custom_function = maketest(Custom, floats((2, 3), requires_grad=True))
+    test_custom_function_by_reference = maketest(
+        CustomByReference, floats((2, 3), requires_grad=True)
+    )
     test_checkpoint = maketest(Checkpointed, floats((2, 3), requires_grad=True))
     test_checkpoint_dropout = maketest(CheckpointedDropout, floats((2, 3), requires_grad=True))
     test_lstm = maketest(lambda: Recurrent(nn.LSTM), floats((5, 2, 3), requires_grad=True))

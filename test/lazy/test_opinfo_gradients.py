@@ -51,7 +51,12 @@ EXPECTED_FAILURES: dict[str, str] = {
 # accumulates in `.grad` has the strides of its tensor, with a graph as in eager.)
 OTHER_STRIDES: dict[str, str] = {
     "ormqr": "its formula takes another way for tensors that are functionalized",
+    "prod": "its formula takes another way for tensors that are functionalized",
 }
+
+# Entries that are refused when they are complex: their backward reads the gradients then, to refuse
+# those that are not well defined.
+COMPLEX_REFUSED = ("linalg.svd", "pca_lowrank", "svd", "svd_lowrank")
 
 
 def setUpModule() -> None:
@@ -161,7 +166,13 @@ def check_sample(
         actual = differentiate(graph, fresh_leaves(sample, flags), process)
         if full_name(op) in OTHER_STRIDES:
             expected, actual = (
-                (result, [g if g is None else g.contiguous() for g in gradients])
+                (
+                    result,
+                    [
+                        g if g is None else torch.zeros(g.shape, dtype=g.dtype) + g
+                        for g in gradients
+                    ],
+                )
                 for result, gradients in (expected, actual)
             )
         found = difference(expected, actual)
@@ -181,8 +192,9 @@ class EntryTestCase(unittest.TestCase):
         with warnings.catch_warnings():
             # Deprecations of what the database uses.
             warnings.simplefilter("ignore")
+            refused = entry in EXPECTED_FAILURES or (dtype.is_complex and entry in COMPLEX_REFUSED)
             for sample in chosen(ENTRIES[entry], dtype, count):
-                if entry in EXPECTED_FAILURES:
+                if refused:
                     with self.assertRaises(UnsupportedError):
                         check_sample(ENTRIES[entry], *sample)
                     ran += 1
