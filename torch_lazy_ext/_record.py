@@ -269,7 +269,9 @@ class Capture:
 
     def unwrap(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # `apply` itself may have been looked up before the capture; it calls this.
-        return func(tuple(self.recorder.twin_of(a) if self.owns(a) else a for a in args))
+        twins = (self.recorder.twin_of(a) if self.owns(a) else a for a in args)
+        unwrapped: tuple[Any, ...] = func(tuple(twins))
+        return unwrapped
 
     def apply(self, func: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         # No operator: a custom autograd.Function would be given the user's own tensors.

@@ -195,7 +195,8 @@ class _Rewriting:
             combine = aten.mul.Tensor if name == "addcmul" else aten.div.Tensor
             return self.call(aten.add.Tensor, own, self.call(combine, scaled, second))
         if name == "scalar_tensor":
-            return values["s"]
+            number: fx.Node = values["s"]
+            return number
         if name == "full":
             made = self.call(aten.full.default, values["size"], 0.0, dtype=values["dtype"])
             return self.call(aten.fill.Tensor, made, values["fill_value"])
