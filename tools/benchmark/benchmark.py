@@ -24,6 +24,9 @@ For each model:
   made the model, at most, while the built contestant is called; each contestant in a process of its
   own. Linux only.
 
+What a data guard costs is the time of the 8-layer MLP that first looks at the sum of its input,
+against the same without.
+
 Scaling is measured on the TorchScript backend: the time of a call by the number of operators and by
 the number of parameters (eager's time for the same operator taken off), and the time of an
 extraction by the number of operators, each with the line that fits best, relative errors squared.
@@ -50,7 +53,7 @@ from typing import Any
 
 import torch
 from contestants import CONTESTANTS, DEFAULT, Contestant
-from models import CASES, Case, Parameters, Steps
+from models import CASES, Case, Guarded, Parameters, Steps
 from torch import nn
 
 HERE = Path(__file__).parent
@@ -204,7 +207,19 @@ def measure_scaling(options: Any) -> Results:
         fn = ours.first_result(model, (x,))
         points["parameters"].append((count, difference(fn, (x,), torch.cat, (tensors,))))
         print(f"  {count} parameters", flush=True)
+    points["guard"] = guard_rounds(ours)
     return points
+
+
+def guard_rounds(ours: Contestant) -> list[tuple[float, float]]:
+    """Seconds of a call of the MLP with a look at its data, and without, in turns."""
+    case = CASES["MLP, 8 layers"]
+    args = case.inputs()
+    without, guarded = case.make(), Guarded(case.make()).eval()
+    fns = [ours.first_result(model, args) for model in (guarded, without)]
+    calls = calls_in(0.02, fns[0], args)
+    rounds = [[time_calls(fn, args, calls) / calls for fn in fns] for _ in range(31)]
+    return [(a, b) for a, b in rounds]
 
 
 PHASES = {"calls": measure_calls, "warm": measure_warm, "memory": measure_memory}
@@ -320,7 +335,11 @@ def table(results: Results) -> str:
                     f"{means[peer]:.2f} times faster in the geometric mean, "
                     f"{means[f'{peer}, lowest']:.2f} at least\n"
                 )
-    for name, points in results.get(SCALING, {}).items():
+    scaling = dict(results.get(SCALING, {}))
+    if "guard" in scaling:
+        guarded, without = map(statistics.median, zip(*scaling.pop("guard")))
+        text += f"* with one data guard, the MLP takes {guarded / without:.2f} times as long\n"
+    for name, points in scaling.items():
         slope, offset, worst = fit(points)
         text += (
             f"* {name}: {offset * 1e6:.3g} us + {slope * 1e6:.3g} us for each, "
@@ -351,7 +370,7 @@ def plot(results: Results, file: Path) -> None:
 
     rows = {m: row for m, row in results["models"].items() if "compile" in row}
     names = [n for n in CONTESTANTS if n != "compile" and any(n in row for row in rows.values())]
-    scaling = results.get(SCALING, {})
+    scaling = {n: points for n, points in results.get(SCALING, {}).items() if n != "guard"}
     figure = plt.figure(figsize=(11, 8 if scaling else 5), layout="constrained")
     grid = figure.add_gridspec(2 if scaling else 1, 3, height_ratios=[2, 1][: 2 if scaling else 1])
     axes = figure.add_subplot(grid[0, :])

@@ -54,6 +54,19 @@ class Parameters(nn.Module):
         return torch.cat([x, *self.parts])
 
 
+class Guarded(nn.Module):
+    """Looks at its data before it does what the other model does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() < 0:
+            raise ValueError("the input is negative")
+        return self.model(x)
+
+
 class Tensors(nn.Module):
     """The tensors that a transformers model returns, in a tuple."""
 
