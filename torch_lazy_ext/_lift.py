@@ -338,14 +338,22 @@ class State:
 
 def _restore_dict(container: dict[Any, Any], before: dict[Any, Any]) -> Iterator[Change]:
     now = dict(dict.items(container))
-    if len(now) == len(before) and all(k in now and now[k] is v for k, v in before.items()):
+    # By identity: parameters are keys of an optimizer's state.
+    same_order = all(a is b for a, b in zip(now, before))
+    if len(now) == len(before) and same_order and all(now[k] is v for k, v in before.items()):
         return
-    for key, value in now.items():
-        if key not in before or before[key] is not value:
-            yield Change(container, key, value)
     for key in before:
         if key not in now:
             yield Change(container, key, MISSING)
+    # A key that was deleted and set again has moved to the end.
+    kept = [key for key in before if key in now]
+    moved = False
+    for position, (key, value) in enumerate(now.items()):
+        moved = moved or (position < len(kept) and key is not kept[position])
+        if moved and key in before:
+            yield Change(container, key, MISSING)
+        if moved or key not in before or before[key] is not value:
+            yield Change(container, key, value)
     base: Any = collections.OrderedDict if isinstance(container, collections.OrderedDict) else dict
     base.clear(container)
     for key, value in before.items():

@@ -69,6 +69,7 @@ class FromStrided:
 
     Attributes:
         alias: with a version counter of its own (`x.data`).
+        relative: the offset counts from the tensor's own.
     """
 
     index: int
@@ -79,6 +80,7 @@ class FromStrided:
     conj: bool
     neg: bool
     alias: bool
+    relative: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -339,7 +341,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             effects.append((change.owner, change.key, sources.of(change.value)))
     assigned = [
         (sources.lifted[id(tensor)], sources.of(value))
-        for tensor, value in recording.assigned
+        for tensor, value, _user in recording.assigned
         if id(tensor) in sources.lifted  # others are the program's own
     ]
     leaves, gradients = [], []
@@ -725,7 +727,9 @@ def _write(
     # Without such a mutation, other strides are functionalization's: an out-of-place
     # operator gives a dense tensor in the place of a strided one.
     if id(twin) not in sources.assigned and (about.metadata_mutated or twin.shape != tensor.shape):
-        offset = int(twin.storage_offset()) - int(tensor.storage_offset())
+        # A new value begins at the begin of its memory.
+        fresh = about.mutated and base in (-1, index)
+        offset = int(twin.storage_offset()) - (0 if fresh else int(tensor.storage_offset()))
         meta = (list(twin.shape), list(twin.stride()), offset)
     differentiable = _has_own_history(twin, recorder.sources()[index])
     if differentiable and (meta is not None or base >= 0):
@@ -816,14 +820,18 @@ class _Sources:
         self.lifted = {}  # id of a lifted tensor or its twin -> its index
         for i, (tensor, twin, _constant, _base) in enumerate(self.recorder.lifted()):
             self.lifted[id(tensor)] = self.lifted[id(twin)] = i
-        self.assigned = {id(tensor) for tensor, _value in recording.assigned}
+        self.assigned = {}  # id of the tensor that the program holds -> what was assigned to it
+        for tensor, value, user in recording.assigned:
+            if id(user) in self.lifted:
+                self.lifted[id(tensor)] = self.lifted[id(user)]
+                self.assigned[id(tensor)] = value
         self.arrays = recording.arrays
         self.uses_storage_offset = False
         self._sharing: dict[int, int] = {}
         self._objects: set[int] = set()  # roots that are a result already
         everything = [recording.result, list(recording.refilled.values())]
         everything += [c.value for c in recording.changes]
-        everything += [value for _tensor, value in recording.assigned]
+        everything += [value for _tensor, value, _user in recording.assigned]
         everything += [grad for _tensor, _before, grad, _seen in recording.gradients]
         self._count(everything)
 
@@ -897,7 +905,7 @@ class _Sources:
         return built
 
     def _tensor(self, leaf: torch.Tensor) -> Source:
-        if id(leaf) in self.assigned and id(leaf) in self.lifted:
+        if id(leaf) in self.assigned:
             return FromLifted(self.lifted[id(leaf)])
         about = self.recorder.describe(leaf)
         if about.captured:
@@ -933,9 +941,31 @@ class _Sources:
             self.of(shared.tensor), array.dtype, array.shape, array.strides, shared.offset
         )
 
+    def _view_of_assigned(self, leaf: torch.Tensor) -> FromStrided | None:
+        """The source of a view of what was assigned to `.data`: one version counter for both."""
+        if leaf.requires_grad:
+            return None
+        for id_, value in self.assigned.items():
+            if leaf is not value and _C.share_version_counter(leaf, value):
+                if self.recorder.describe(leaf).storage != self.recorder.describe(value).storage:
+                    continue  # of what the tensor was before
+                if leaf.dtype != value.dtype:
+                    raise UnsupportedError(
+                        "a result has the memory of a tensor whose `.data` the program assigned, "
+                        "as another dtype: return the tensor itself"
+                    )
+                source = self._strided(self.lifted[id_], leaf, alias=False)
+                source.offset -= value.storage_offset()
+                source.relative = True
+                return source
+        return None
+
     def memory_of(self, leaf: torch.Tensor) -> Source:
         """The source of what a tensor holds, also when it is a lifted tensor itself."""
         recorder = self.recorder
+        view = self._view_of_assigned(leaf)
+        if view is not None:
+            return view
         about = recorder.describe(leaf)
         lifted = recorder.lifted()
         base = about.base_lifted

@@ -9,6 +9,7 @@ is noted and taken back.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import sys
 import threading
@@ -37,7 +38,8 @@ class Capture:
     and PyTorch's own modules leave the kernels that eager would run.
 
     Attributes:
-        assigned: id of a tensor -> the tensor and what the program assigned to its `.data`.
+        assigned: id of a tensor -> the tensor as the program holds it, what the program assigned
+            to its `.data`, and the user's tensor that it stands for.
         gradients: id of a leaf -> the leaf, the gradient that it had before the program, and
             whether the program saw that one (not if it only set another).
         required: id of a tensor -> the tensor, for those whose `requires_grad` the program set.
@@ -50,7 +52,7 @@ class Capture:
 
     def __init__(self, recorder: _C.Recorder) -> None:
         self.recorder = recorder
-        self.assigned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.assigned: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
         self.required: dict[int, torch.Tensor] = {}
         self.ran_backward = False
@@ -225,6 +227,20 @@ class Capture:
             for v in data
         ]
 
+    def dtype_of(self, data: Any) -> torch.dtype | None:
+        """What `torch.tensor` makes of nested lists with tensors in them; None without tensors."""
+        if not isinstance(data, (list, tuple)) or not _any_tensor(data):
+            return None
+
+        def known(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [known(v) for v in value]
+            if isinstance(value, torch.Tensor):
+                return torch.zeros(value.shape, dtype=value.dtype)
+            return 0.0 if isinstance(value, Number) else value
+
+        return self._standalone(lambda: _TENSOR(known(data)).dtype)
+
     def fused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         # PyTorch's own call would ask for the value of each float.
         numbers = [(name, v) for name, v in kwargs.items() if isinstance(v, Number)]
@@ -302,15 +318,13 @@ class Capture:
     def set_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
         twin = self.recorder.twin_of(tensor)
         new = self.recorder.twin_of(value)
-        if (new.shape, new.dtype, new.stride()) != (twin.shape, twin.dtype, twin.stride()):
-            if not _C.is_capture_tensor(tensor):
-                raise self.refusal(
-                    f"an assignment to `.data` changes a tensor of shape {tuple(twin.shape)} and "
-                    f"type {twin.dtype} to {tuple(new.shape)} and {new.dtype} during the capture: "
-                    "convert the module before the capture"
-                )
-            # What the program holds is the twin: that one can change.
-            func(tensor, new.detach())
+        layout = (new.shape, new.dtype, new.stride())
+        if layout != (twin.shape, twin.dtype, twin.stride()) and not _C.is_capture_tensor(tensor):
+            raise self.refusal(
+                f"an assignment to `.data` changes a tensor of shape {tuple(twin.shape)} and "
+                f"type {twin.dtype} to {tuple(new.shape)} and {new.dtype} during the capture: "
+                "convert the module before the capture"
+            )
         old_about, new_about = self.recorder.describe(twin), self.recorder.describe(new)
         if old_about.storage == new_about.storage and old_about.value == new_about.value:
             return  # what `module.to()` does to a module that is there already
@@ -318,8 +332,11 @@ class Capture:
         new.requires_grad_(tensor.requires_grad)
         if id(tensor) in self.gradients:
             new.grad = twin.grad
-        self.recorder.rebind(tensor, new)
-        self.assigned[id(tensor)] = (tensor, new)
+        self.recorder.assign_data(tensor, new)
+        if _C.is_capture_tensor(tensor) and layout != (tensor.shape, tensor.dtype, tensor.stride()):
+            func(tensor, new.detach())  # the program holds the twin: that one can change
+        user = self._user(tensor)
+        self.assigned[id(tensor)] = (tensor, new, tensor if user is None else user)
 
     # The gradient of a lifted leaf is that of its twin, where autograd accumulates it.
 
@@ -463,6 +480,12 @@ def _copy_memory(memory: torch.Tensor, value: torch.Tensor) -> None:
             memory.copy_(value)
 
 
+def _any_tensor(data: Any) -> bool:
+    if isinstance(data, (list, tuple)):
+        return any(map(_any_tensor, data))
+    return isinstance(data, torch.Tensor)
+
+
 def _address(array: Any) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
@@ -543,6 +566,7 @@ _PROPERTIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "grad": (Capture.get_grad, Capture.set_grad),
     "requires_grad": (Capture.get_requires_grad, Capture.requires_grad_),
 }
+_TENSOR = torch.tensor
 # Their C++ code reads the tensors in nested lists.
 _FROM_DATA = [
     (torch, "tensor"),
@@ -619,6 +643,9 @@ def _from_data(original: Any) -> Any:
             made = _of_number(*args, **kwargs)
             if made is not None:
                 return made
+            if original is _TENSOR and kwargs.get("dtype") is None:
+                dtype = capture.dtype_of(kwargs.get("data", args[0] if args else None))
+                kwargs = kwargs if dtype is None else {**kwargs, "dtype": dtype}
             args = tuple(capture.numbers(a) for a in args)
             kwargs = {k: capture.numbers(v) for k, v in kwargs.items()}
         return original(*args, **kwargs)
@@ -771,7 +798,8 @@ class Recording:
         containers: the containers of the arguments as the program saw them.
         refilled: position in `containers` -> the container, for those the program changed.
         changes: what the program did to its state; taken back already.
-        assigned: tensors and what was assigned to their `.data`.
+        assigned: tensors as the program held them, what was assigned to their `.data`, and the
+            user's tensors that they stand for.
         arrays: the arrays over the memory of tensors.
         gradients: leaves whose gradient the program read or set: the leaf, its gradient before
             the program, what it is afterwards, and whether the program saw the one before.
@@ -789,7 +817,7 @@ class Recording:
         self.containers: list[Any] = []
         self.refilled: dict[int, Any] = {}
         self.changes: list[_lift.Change] = []
-        self.assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.assigned: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.arrays = Arrays()
         self.gradients: list[
             tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]
@@ -1032,7 +1060,16 @@ def _shared_writes(recorder: _C.Recorder) -> list[torch.Tensor]:
         for sharing in storages.values()
         if len(sharing) > 1 and any(recorder.describe(lifted[i][1]).mutated for i in sharing)
     ]
-    if any(lifted[i][3] == i for sharing in written for i in sharing):
+    ranges = sorted(
+        (storage.data_ptr(), storage.data_ptr() + storage.nbytes(), sharing)
+        for sharing in storages.values()
+        if (storage := lifted[sharing[0]][0].untyped_storage()).nbytes()
+    )
+    in_part = any(
+        begin < end and any(recorder.describe(lifted[i][1]).mutated for i in sharing + others)
+        for (_begin, end, sharing), (begin, _end, others) in itertools.pairwise(ranges)
+    )
+    if in_part or any(lifted[i][3] == i for sharing in written for i in sharing):
         recorder.release()
         raise UnsupportedError(
             "the program writes to memory that several of its tensors share without being views of "

@@ -426,10 +426,12 @@ def _write_back(
         assert lowered.update is not None and update is not None
         inputs = [tensors[i] for i in lowered.update.parameters]
         update.run(inputs + [values[r] for r in lowered.update.boundary])
+    # As they are now, before any of them is given other memory.
+    memory = {w.index: take(w.source).detach() for w in writes if w.source is not None}
     for write in writes:
         tensor = tensors[write.index]
         if write.source is not None:
-            _set_memory(tensor, take(write.source), write.source)
+            _set_memory(tensor, memory[write.index], write.source)
             continue
         if write.meta is not None:
             sizes, strides, moved = write.meta
@@ -450,7 +452,7 @@ def _write_back(
 
 def _set_memory(tensor: torch.Tensor, value: torch.Tensor, source: _lower.Source) -> None:
     """Tensor.set_: of nothing, no memory is kept."""
-    if value.numel() == 0 and isinstance(source, _lower.FromRoot):
+    if value.numel() == 0 and isinstance(source, _lower.FromRoot) and not source.alias:
         value = value.new_empty(0).as_strided(value.shape, value.stride())
     tensor.set_(value)  # type: ignore[call-overload] # the stub knows storages only
 
@@ -505,7 +507,8 @@ class _Results:
         if tensor.dtype != source.dtype:
             count = tensor.untyped_storage().nbytes() // tensor.itemsize
             tensor = tensor.as_strided((count,), (1,), 0).view(source.dtype)
-        tensor = tensor.as_strided(source.sizes, source.strides, source.offset)
+        offset = source.offset + (tensor.storage_offset() if source.relative else 0)
+        tensor = tensor.as_strided(source.sizes, source.strides, offset)
         if source.conj:
             tensor = tensor.conj()
         return torch._neg_view(tensor) if source.neg else tensor

@@ -6,8 +6,18 @@ import unittest
 from typing import Any
 
 import torch
-from oracle import Call, expected_failures, makefunctiontest, maketest, random_tensor, tensors
+from oracle import (
+    Call,
+    check_refused,
+    expected_failures,
+    makefunctiontest,
+    maketest,
+    random_tensor,
+    tensors,
+)
 from torch import Tensor, nn
+
+from torch_lazy_ext import UnsupportedError
 
 
 def randn(*shape: int) -> Tensor:
@@ -454,6 +464,120 @@ class ModuleMutationTest(unittest.TestCase):
         lambda: (randn(2, 4), random_tensor((2, 2))),
         exact=False,
     )
+
+
+def second_row(*shape: int) -> Tensor:
+    """A tensor that does not begin where its storage begins."""
+    row = randn(*shape)
+    return torch.cat([row, row])[1:]
+
+
+def catching(program: Any) -> Any:
+    """Gives 1 when `program` raises a RuntimeError, and 0 otherwise."""
+
+    def call(*args):
+        try:
+            program(*args)
+        except RuntimeError:
+            return 1
+        return 0
+
+    return call
+
+
+class LayoutTest(unittest.TestCase):
+    """Strides, storage offsets and version counters after writes, and where elements coincide."""
+
+    test_expanded_copied_to_itself = makefunctiontest(
+        only(lambda x: x.copy_(x)), lambda: (randn(3).expand(2, 3),), poke=False
+    )
+    test_expanded_assigned_to_itself = makefunctiontest(
+        only(lambda x: x.__setitem__(..., x)), lambda: (randn(3).expand(2, 3),), poke=False
+    )
+    test_set_to_itself = writing(
+        lambda x: x.mul_(2), lambda x: x.set_(x), inputs=lambda: (second_row(1, 3),)
+    )
+    test_offset_kept_by_unsqueeze_after_write = writing(
+        lambda x: x.exp_(), lambda x: x.unsqueeze_(-1), inputs=lambda: (second_row(1, 3),)
+    )
+    test_offset_kept_by_new_shape = writing(
+        only(lambda x: torch.rand(2, 3, out=x)), inputs=lambda: (second_row(2, 1, 3),)
+    )
+    test_strides_kept_after_transpose = writing(
+        lambda x: x.transpose_(0, 1),
+        only(lambda x: x.scatter_(0, torch.zeros_like(x, dtype=torch.int64), 2)),
+        inputs=lambda: (randn(2, 3),),
+    )
+    test_strides_kept_with_gaps_after_transpose = writing(
+        lambda x: x.transpose_(0, 1),
+        only(lambda x: torch._foreach_add_([x], 1)),
+        inputs=lambda: (randn(2, 4)[:, ::2],),
+    )
+    test_dtype_without_kernel_raises = makefunctiontest(
+        catching(lambda x: x.cumsum_(0)), lambda: (torch.tensor([True, False, True]),)
+    )
+    test_data_counts_versions_with_views = makefunctiontest(
+        lambda x: (setattr(x, "data", x * 2), x[1:].t(), x)[1:], tensors((4, 3))
+    )
+    test_data_of_other_strides_after_write = makefunctiontest(
+        only(lambda x: (x.mul_(2), setattr(x, "data", x * 2))), lambda: (randn(3, 2).t(),)
+    )
+    test_data_of_other_shape_then_written = maketest(
+        lambda: _TakesData(), lambda: (torch.tensor(3),), poke=False
+    )
+
+
+class _TakesData:
+    def __init__(self):
+        self.s = torch.ones(2, 3)
+
+    def __call__(self, x):
+        x.data = self.s
+        x.mul_(2)
+
+
+class RefusedWriteTest(unittest.TestCase):
+    """What would depend on the order of writes, or on memory seen in two shapes."""
+
+    def refused(self, program: Any, make_inputs: Any, pattern: str) -> None:
+        check_refused(lambda: program, make_inputs, UnsupportedError, pattern)
+
+    def test_out_gives_view_another_shape(self) -> None:
+        inputs = lambda: (randn(6), randn(2))  # noqa: E731
+        self.refused(lambda x, y: torch.sum(y, 0, out=x[1:]), inputs, "another shape")
+
+    def test_out_gives_tensor_with_views_another_shape(self) -> None:
+        def program(x, y):
+            view = x[:2]
+            torch.sum(y, 0, out=x)
+            return view
+
+        self.refused(program, lambda: (randn(6), randn(2)), "another shape")
+
+    def test_random_out_gives_view_another_shape(self) -> None:
+        self.refused(lambda x: torch.rand(2, 3, out=x[0]), lambda: (randn(2, 3),), "another shape")
+
+    def test_integers_read_what_they_write(self) -> None:
+        self.refused(
+            lambda x: x.addcmul_(x[..., 0], x), lambda: (torch.ones(3, 3).long(),), "order"
+        )
+
+    def test_sum_into_its_operand(self) -> None:
+        self.refused(lambda x: torch.sum(x, 0, out=x), lambda: (torch.tensor(3),), "order")
+
+    def test_foreach_reads_what_it_wrote(self) -> None:
+        def program(x):
+            y = x * 2
+            torch._foreach_mul_([y, x], [y, y])
+
+        self.refused(program, lambda: (torch.tensor([2, 3]),), "order")
+
+    def test_memory_of_array_in_the_middle(self) -> None:
+        def inputs():
+            x = second_row(1, 3)
+            return x, torch.from_numpy(x.numpy())
+
+        self.refused(lambda x, y: (x.zero_(), y.any())[1], inputs, "share")
 
 
 # What is not as eager yet, with the reason; a test of these that passes fails the run.

@@ -1,8 +1,10 @@
 #include "call.h"
 
+#include <c10/core/CPUAllocator.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace tle {
@@ -350,7 +352,29 @@ bool Variant::is_apart(const Call& call) const {
       return false;
     }
   }
-  return true;
+  return !overlaps_in_part(call);
+}
+
+// Memory that another library owns (numpy) may lie in the middle of a storage.
+bool Variant::overlaps_in_part(const Call& call) const {
+  auto begin_of = [&](size_t i) { return static_cast<const char*>(memory_of(call.tensors[i])); };
+  auto end_of = [&](size_t i) { return begin_of(i) + call.tensors[i].storage().nbytes(); };
+  auto own_deleter = c10::GetCPUAllocator()->raw_deleter();
+  for (size_t i = 0; i < lifted_.size(); ++i) {
+    const at::Tensor& t = call.tensors[i];
+    if (lifted_[i].made || !t.device().is_cpu() ||
+        t.storage().data_ptr().get_deleter() == own_deleter) {
+      continue;
+    }
+    const bool writes = std::find(written_.begin(), written_.end(), static_cast<int64_t>(i)) != written_.end();
+    for (size_t k = 0; k < lifted_.size(); ++k) {
+      if (begin_of(k) != begin_of(i) && begin_of(k) < end_of(i) && begin_of(i) < end_of(k) &&
+          (writes || std::find(written_.begin(), written_.end(), static_cast<int64_t>(k)) != written_.end())) {
+        return true;
+      }
+    }
+  }
+  return false;
 }
 
 std::vector<at::Tensor> Variant::values(PyObject* self, const Call& call) {

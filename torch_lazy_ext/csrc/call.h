@@ -121,6 +121,7 @@ class Variant {
   }
   bool gather(Call& call);
   bool is_apart(const Call& call) const;
+  bool overlaps_in_part(const Call& call) const;
   std::vector<at::Tensor> values(PyObject* self, const Call& call);
   // From the values of the outputs to those of all roots, undefined where there are none.
   std::vector<at::Tensor> in_place_of_roots(std::vector<at::Tensor> values) const;

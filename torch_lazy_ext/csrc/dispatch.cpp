@@ -180,6 +180,17 @@ at::Tensor value_of_this_run(Recorder& recorder, const at::Tensor& t) {
   return value;
 }
 
+bool is_same_memory(const at::Tensor& a, const at::Tensor& b) {
+  if (!fi::isFunctionalTensor(a) || !fi::isFunctionalTensor(b) || storage_of(a) != storage_of(b)) {
+    return false;
+  }
+  fi::sync(a);
+  fi::sync(b);
+  return a.storage_offset() == b.storage_offset() && a.sizes() == b.sizes() &&
+      a.strides() == b.strides() && a.scalar_type() == b.scalar_type() &&
+      a.is_conj() == b.is_conj() && a.is_neg() == b.is_neg();
+}
+
 // Operators that cannot be recorded as they are: the same computation through others.
 // Returns whether it has put the results on the stack.
 bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
@@ -207,6 +218,24 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     // Counted from the begin of the storage, whatever the tensor is.
     const int64_t offset = at(3).isNone() ? self.storage_offset() : at(3).toInt();
     return answer(at::as_strided(whole, at(1).toIntVector(), at(2).toIntVector(), offset));
+  }
+  if (name == "aten::as_strided_") {
+    recorder.reads_offset = true;
+  }
+  if (name == "aten::copy_" && is_same_memory(at(0).toTensor(), at(1).toTensor())) {
+    // Eager looks at no element, so they may be one place in memory.
+    const at::Tensor self = at(0).toTensor();
+    if (!self.is_inference() && !self.requires_grad() && !at(1).toTensor().requires_grad()) {
+      self.unsafeGetTensorImpl()->bump_version();
+      return answer(self);
+    }
+  }
+  if (name == "aten::set_" && op.schema().overload_name() == "source_Tensor" &&
+      is_same_memory(at(0).toTensor(), at(1).toTensor()) && !at(0).toTensor().is_inference() &&
+      !at(0).toTensor().requires_grad()) {
+    const at::Tensor self = at(0).toTensor();
+    self.unsafeGetTensorImpl()->bump_version();
+    return answer(self);
   }
   if (name == "aten::set_" && op.schema().overload_name().empty()) {
     const at::Tensor self = at(0).toTensor();
@@ -398,17 +427,20 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
   return out;
 }
 
-// Functionalization puts the dense result of an out-of-place operator in the place of a
-// tensor with gaps; eager leaves the gaps.
+// Functionalization puts the result of an out-of-place operator in the place of a tensor
+// with gaps, or with dimensions in another order; eager leaves these as they are.
 void restore_strides(const Written& w) {
-  if (w.before.is_non_overlapping_and_dense() || w.tensor.sizes() != w.before.sizes() || w.tensor.strides() == w.before.strides()) {
+  if (w.tensor.sizes() != w.before.sizes() || w.tensor.strides() == w.before.strides()) {
     return;
   }
   auto* wrapper = fi::unsafeGetFunctionalWrapper(w.tensor);
   if (!wrapper->view_metas().empty()) {
     wrapper->apply_updates();
     wrapper->regenerate_from_base();
-    return;
+    if (w.tensor.strides() == w.before.strides()) {
+      return;
+    }
+    // A tensor that was transposed in place: it is all of its base.
   }
   at::Tensor value;
   {
@@ -602,8 +634,24 @@ void raise_as_eager(
       return stand_in(value, with_zeros);
     });
   };
-  fill(&real, false);
-  fill(&zeros, true);
+  auto cannot_be_recorded = [&]() {
+    return Unsupported(c10::str(
+        op.schema().operator_name(),
+        " cannot be recorded (at ",
+        recorder.describe(recorder.current_source()),
+        "): ",
+        message,
+        " Keep this part outside of the captured program"));
+  };
+  try {
+    fill(&real, false);
+    fill(&zeros, true);
+  } catch (const Unsupported&) {
+    throw;
+  } catch (const std::exception&) {
+    // What the operator has written already cannot be brought to where it belongs.
+    throw cannot_be_recorded();
+  }
   if (!known) {
     return;
   }
@@ -634,13 +682,7 @@ void raise_as_eager(
     return; // what autograd refuses, it refuses in eager too
   }
   if (!error) {
-    throw Unsupported(c10::str(
-        op.schema().operator_name(),
-        " cannot be recorded (at ",
-        recorder.describe(recorder.current_source()),
-        "): ",
-        message,
-        " Keep this part outside of the captured program"));
+    throw cannot_be_recorded();
   }
   recorder.eager_raised = true;
   if (message_of(error) != message_of(attempt(&zeros))) {

@@ -238,6 +238,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "Record `generator` where an operator draws from `stand_in`.")
       .def("is_liftable", &Recorder::is_liftable)
       .def("rebind", &Recorder::rebind)
+      .def("assign_data", &Recorder::assign_data)
       .def("twin_of", &Recorder::twin_of)
       .def(
           "sources",
@@ -384,6 +385,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("boundary") = std::vector<ValueRef>(),
       py::arg("random") = true,
       py::arg("collectives") = true);
+  m.def("share_version_counter", &share_version_counter);
   m.def("update_boundary", &update_boundary);
   m.def("write_in_place", [](const std::shared_ptr<torch::jit::Graph>& graph, const std::vector<int64_t>& targets) {
     write_in_place(*graph, targets);

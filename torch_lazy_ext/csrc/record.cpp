@@ -485,6 +485,33 @@ void Recorder::rebind(const at::Tensor& tensor, const at::Tensor& twin) {
   rebound[tensor.unsafeGetTensorImpl()] = {tensor, twin};
 }
 
+void Recorder::assign_data(const at::Tensor& tensor, const at::Tensor& twin) {
+  const at::Tensor before = twin_of(tensor);
+  if (!before.is_inference() && !twin.is_inference()) {
+    torch::autograd::impl::set_version_counter(
+        twin, torch::autograd::impl::version_counter(before));
+  }
+  auto held = input_by_twin.find(tensor.unsafeGetTensorImpl());
+  if (held != input_by_twin.end()) {
+    // The program holds the twin of an argument. What that was until now is still the
+    // argument's memory.
+    fi::sync(tensor);
+    const size_t index = held->second;
+    LiftedInput& input = inputs[index];
+    auto* impl = tensor.unsafeGetTensorImpl();
+    at::Tensor former(impl->shallow_copy_and_detach(
+        impl->version_counter(), /*allow_tensor_metadata_change=*/true));
+    input_by_twin.erase(held);
+    input_by_twin[former.unsafeGetTensorImpl()] = index;
+    if (input.source.is_same(input.twin)) {
+      input.source = former;
+    }
+    input.twin = former;
+    rebind(input.tensor, twin);
+  }
+  rebind(tensor, twin);
+}
+
 // ------------------------------------------------- values needed by the program
 
 namespace {

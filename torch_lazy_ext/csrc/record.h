@@ -112,6 +112,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   bool is_liftable(const at::Tensor& tensor) const;
   // From now on `twin` stands for `tensor` (an assignment to `tensor.data`).
   void rebind(const at::Tensor& tensor, const at::Tensor& twin);
+  // The same for an assignment to `tensor.data`: `twin` counts its versions with `tensor`.
+  void assign_data(const at::Tensor& tensor, const at::Tensor& twin);
 
   void record(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 

@@ -2,7 +2,9 @@
 
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorIterator.h>
+#include <c10/util/ScopeExit.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -106,7 +108,8 @@ bool overlap(const Operand& a, const Operand& b) {
 
 // The words of errors about dtypes and about memory; others may be due to the stand-ins' values.
 bool is_about_operands(const std::string& message) {
-  for (const char* words : {"be cast", "dtype", "scalar type", "memory location"}) {
+  for (const char* words :
+       {"be cast", "dtype", "scalar type", "memory location", "not implemented for"}) {
     if (message.find(words) != std::string::npos) {
       return true;
     }
@@ -118,13 +121,18 @@ class SilentWarnings : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
+// What is in the memory of stand-ins: other values at each place, also where tensors share
+// it only, or zeros.
+enum class Contents { Counted, CountedIfShared, Zeros };
+
 // Eager tensors with the layouts of the captured ones, over memory of `aliased` tensors or
 // each over its own.
 Stack stand_ins(
     const Stack& stack,
     size_t begin,
     const std::vector<Operand>& operands,
-    bool aliased) {
+    bool aliased,
+    Contents contents) {
   std::vector<std::pair<const c10::StorageImpl*, at::Tensor>> memory;
   auto bytes_of = [&](const Operand& o) {
     for (const auto& [storage, bytes] : memory) {
@@ -142,11 +150,17 @@ Stack stand_ins(
     }
     at::Tensor bytes = at::zeros({size}, at::kByte);
     const at::ScalarType dtype = o.tensor.scalar_type();
-    if (sharing > 1 && size % static_cast<int64_t>(o.tensor.itemsize()) == 0 &&
-        (c10::isFloatingType(dtype) || c10::isComplexType(dtype))) {
-      // Other values at each place, the same ones in each run.
+    const bool counted_here = contents == Contents::Counted ||
+        (contents == Contents::CountedIfShared && sharing > 1);
+    if (counted_here && size % static_cast<int64_t>(o.tensor.itemsize()) == 0) {
+      // The same ones in each run.
       at::Tensor values = bytes.view(c10::isComplexType(dtype) ? c10::toRealValueType(dtype) : dtype);
-      values.copy_(at::arange(values.numel(), at::kDouble).remainder(61).add(1).div(17));
+      const at::Tensor counted = at::arange(values.numel(), at::kDouble);
+      if (c10::isIntegralType(dtype, /*includeBool=*/true)) {
+        values.copy_(dtype == at::kBool ? counted.remainder(3) : counted.remainder(61).add(1));
+      } else {
+        values.copy_(counted.remainder(61).add(1).div(17));
+      }
     }
     memory.emplace_back(o.storage, bytes);
     return bytes;
@@ -199,6 +213,7 @@ void rehearse(
   std::vector<Operand> operands;
   std::vector<size_t> written;
   bool other_dtypes = false;
+  bool resizes = false; // where the tensor has another shape than the result
   bool only_cpu = true;
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
@@ -211,7 +226,8 @@ void rehearse(
       only_cpu = only_cpu && t.device().is_cpu();
       if (writes) {
         written.push_back(operands.size());
-        other_dtypes = other_dtypes || is_out || c10::isIntegralType(t.scalar_type(), true);
+        resizes = resizes || is_out;
+        other_dtypes = other_dtypes || c10::isIntegralType(t.scalar_type(), true);
       }
       operands.push_back(operand_of(t, writes));
       other_dtypes = other_dtypes ||
@@ -237,35 +253,77 @@ void rehearse(
   }
   const bool own = schema.name().compare(0, 6, "aten::") == 0;
   const bool random = op.hasTag(at::Tag::nondeterministic_seeded);
-  if (!(in_part || (own && !random && (same || other_dtypes)))) {
+  if (!(in_part || (own && (resizes || (!random && (same || other_dtypes)))))) {
     return;
   }
   bool order_matters = in_part;
-  if (own && !random) {
+  if (own && (!random || resizes)) {
+    std::vector<std::pair<at::Generator, at::Tensor>> generators;
+    auto keep = [&](const at::Generator& g) { generators.emplace_back(g, g.get_state()); };
+    keep(at::detail::getDefaultCPUGenerator());
+    for (size_t i = begin; i < stack.size(); ++i) {
+      if (stack[i].isGenerator()) {
+        keep(stack[i].toGenerator());
+      }
+    }
+    auto put_back = c10::make_scope_exit([&]() {
+      for (auto& [g, state] : generators) {
+        g.set_state(state);
+      }
+    });
+    // Eager gives a tensor its new shape in place, and views go on seeing the old one.
+    auto check_sizes = [&](const std::vector<at::Tensor>& now, bool failed) {
+      for (size_t k = 0; now.size() == written.size() && k < now.size(); ++k) {
+        const Operand& o = operands[written[k]];
+        auto* wrapper = fi::unsafeGetFunctionalWrapper(o.tensor);
+        const bool alone = !failed && wrapper->view_metas().empty() &&
+            wrapper->unsafe_storage().use_count() == 1;
+        if (now[k].sizes() != o.tensor.sizes() && !alone) {
+          throw Unsupported(c10::str(
+              schema.operator_name(),
+              " gives another shape to a tensor that shares memory with others, or fails after "
+              "that (at ",
+              recorder.describe(recorder.current_source()),
+              "): use the result, without out="));
+        }
+      }
+    };
     StandaloneGuard alone;
     SilentWarnings silent;
     c10::WarningUtils::WarningHandlerGuard no_warnings(&silent);
-    Stack aliased = stand_ins(stack, begin, operands, /*aliased=*/true);
-    Stack apart = stand_ins(stack, begin, operands, /*aliased=*/false);
     std::vector<at::Tensor> results[2];
-    try {
-      for (Stack* arguments : {&aliased, &apart}) {
-        auto& into = results[arguments == &apart];
-        for (size_t i = 0; i < schema.arguments().size(); ++i) {
-          const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
-          if (alias != nullptr && alias->isWrite()) {
-            for_each_tensor((*arguments)[i], [&](const at::Tensor& t) { into.push_back(t); });
+    // Indices of other values than zero may be out of range.
+    for (const Contents contents :
+         {Contents::Counted, Contents::CountedIfShared, Contents::Zeros}) {
+      results[0].clear();
+      results[1].clear();
+      try {
+        for (const bool aliased : {true, false}) {
+          Stack arguments = stand_ins(stack, begin, operands, aliased, contents);
+          auto& into = results[aliased ? 0 : 1];
+          for (size_t i = 0; i < schema.arguments().size(); ++i) {
+            const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
+            if (alias != nullptr && alias->isWrite()) {
+              for_each_tensor(arguments[i], [&](const at::Tensor& t) { into.push_back(t); });
+            }
+          }
+          if (aliased || same || in_part) {
+            op.callBoxed(&arguments);
+          }
+          if (aliased) {
+            check_sizes(into, /*failed=*/false);
           }
         }
-        if (arguments == &aliased || same || in_part) {
-          op.callBoxed(arguments);
+        break;
+      } catch (const c10::Error& e) {
+        check_sizes(results[0], /*failed=*/true);
+        if (e.what_without_backtrace() != nullptr && is_about_operands(e.what_without_backtrace())) {
+          throw;
+        }
+        if (contents == Contents::Zeros) {
+          return; // the operator itself decides
         }
       }
-    } catch (const c10::Error& e) {
-      if (e.what_without_backtrace() != nullptr && is_about_operands(e.what_without_backtrace())) {
-        throw;
-      }
-      return; // the operator itself decides
     }
     order_matters = false;
     for (size_t k = 0; (same || in_part) && k < results[0].size(); ++k) {
@@ -311,7 +369,7 @@ at::Tensor view_as_strided(
       !schema.is_mutable() && viewed.device().is_cpu()) {
     StandaloneGuard alone;
     for (const bool ones : {false, true}) {
-      Stack arguments = stand_ins(stack, begin, operands, /*aliased=*/true);
+      Stack arguments = stand_ins(stack, begin, operands, /*aliased=*/true, Contents::Zeros);
       at::Tensor memory;
       for (size_t i = 0; i < arguments.size(); ++i) {
         for_each_tensor(arguments[i], [&](const at::Tensor& t) {
