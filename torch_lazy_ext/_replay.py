@@ -448,6 +448,22 @@ def _write_back(
             tuple(tensors[w.index] for w in counted),
             tuple(v + w.bumps for v, w in zip(versions, counted)),
         )
+        if any(w.root is None for w in counted):
+            _count_together(counted, tensors, versions)
+
+
+def _count_together(
+    writes: list[_lower.Write], tensors: list[torch.Tensor], versions: list[int]
+) -> None:
+    """Tensors lifted one by one may yet have one version counter: what each adds, together."""
+    set_versions = torch._C._autograd._unsafe_set_version_counter
+    set_versions(tuple(tensors[w.index] for w in writes), tuple(versions))
+    counted: set[int] = set()
+    for write, version in zip(writes, versions):
+        tensor = tensors[write.index]
+        if tensor._version == version or write.storage not in counted:
+            set_versions((tensor,), (tensor._version + write.bumps,))
+        counted.add(write.storage)
 
 
 def _set_memory(tensor: torch.Tensor, value: torch.Tensor, source: _lower.Source) -> None:

@@ -522,6 +522,10 @@ class LayoutTest(unittest.TestCase):
     test_data_of_other_strides_after_write = makefunctiontest(
         only(lambda x: (x.mul_(2), setattr(x, "data", x * 2))), lambda: (randn(3, 2).t(),)
     )
+    test_transposed_views_count_versions_together = makefunctiontest(
+        only(lambda x, y: (x.transpose_(0, 1), y.transpose_(0, 1))),
+        lambda: (lambda x: (x, x[1:]))(randn(2, 3)),
+    )
     test_data_of_other_shape_then_written = maketest(
         lambda: _TakesData(), lambda: (torch.tensor(3),), poke=False
     )
