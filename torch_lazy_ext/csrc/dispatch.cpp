@@ -643,15 +643,8 @@ void raise_as_eager(
         message,
         " Keep this part outside of the captured program"));
   };
-  try {
-    fill(&real, false);
-    fill(&zeros, true);
-  } catch (const Unsupported&) {
-    throw;
-  } catch (const std::exception&) {
-    // What the operator has written already cannot be brought to where it belongs.
-    throw cannot_be_recorded();
-  }
+  fill(&real, false);
+  fill(&zeros, true);
   if (!known) {
     return;
   }
