@@ -955,7 +955,7 @@ class _Sources:
                         "as another dtype: return the tensor itself"
                     )
                 source = self._strided(self.lifted[id_], leaf, alias=False)
-                source.offset -= value.storage_offset()
+                source.offset -= int(value.storage_offset())
                 source.relative = True
                 return source
         return None

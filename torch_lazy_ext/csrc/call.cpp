@@ -35,9 +35,7 @@ std::vector<at::Tensor> tensors_of(const py::handle& list) {
 class NoGil {
  public:
   NoGil() : state_(PyEval_SaveThread()) {}
-  ~NoGil() {
-    PyEval_RestoreThread(state_);
-  }
+  ~NoGil() { PyEval_RestoreThread(state_); }
   NoGil(const NoGil&) = delete;
   NoGil& operator=(const NoGil&) = delete;
 
@@ -366,10 +364,13 @@ bool Variant::overlaps_in_part(const Call& call) const {
         t.storage().data_ptr().get_deleter() == own_deleter) {
       continue;
     }
-    const bool writes = std::find(written_.begin(), written_.end(), static_cast<int64_t>(i)) != written_.end();
+    const bool writes =
+        std::find(written_.begin(), written_.end(), static_cast<int64_t>(i)) != written_.end();
     for (size_t k = 0; k < lifted_.size(); ++k) {
       if (begin_of(k) != begin_of(i) && begin_of(k) < end_of(i) && begin_of(i) < end_of(k) &&
-          (writes || std::find(written_.begin(), written_.end(), static_cast<int64_t>(k)) != written_.end())) {
+          (writes ||
+           std::find(written_.begin(), written_.end(), static_cast<int64_t>(k)) !=
+               written_.end())) {
         return true;
       }
     }
@@ -506,7 +507,12 @@ PyObject* Variant::run(PyObject* self, Call& call) {
   if (!native_finish_) {
     const py::list containers = call.containers(); // makes kwargs where there are none
     py::object result = py::handle(self).attr("_finish")(
-        containers, list_of(call.tensors), list_of(values), list_of(states), call.args, call.kwargs);
+        containers,
+        list_of(call.tensors),
+        list_of(values),
+        list_of(states),
+        call.args,
+        call.kwargs);
     return result.release().ptr();
   }
   if (!writes_.empty()) {
@@ -534,10 +540,8 @@ void Variant::write_back(const Call& call, const std::vector<at::Tensor>& values
   }
 }
 
-PyObject* Variant::make(
-    const Result& result,
-    const Call& call,
-    const std::vector<at::Tensor>& values) const {
+PyObject*
+Variant::make(const Result& result, const Call& call, const std::vector<at::Tensor>& values) const {
   auto child = [&](size_t i) {
     PyObject* made = make(result.children[i], call, values);
     if (made == nullptr) {
@@ -592,7 +596,8 @@ T* unwrap(PyObject* self) {
   return static_cast<T*>(instance->simple_value_holder[0]);
 }
 
-PyObject* serve(PyObject* self, PyObject* args, PyObject* kwargs, PyObject* variant, PyObject* error) {
+PyObject*
+serve(PyObject* self, PyObject* args, PyObject* kwargs, PyObject* variant, PyObject* error) {
   static PyObject* name = PyUnicode_InternFromString("_serve");
   const py::object keywords =
       kwargs == nullptr ? py::dict() : py::reinterpret_borrow<py::object>(kwargs);

@@ -116,9 +116,7 @@ class Variant {
   std::vector<at::Generator> generators;
 
  private:
-  Keep keep() const {
-    return py::reinterpret_borrow<py::list>(keep_);
-  }
+  Keep keep() const { return py::reinterpret_borrow<py::list>(keep_); }
   bool gather(Call& call);
   bool is_apart(const Call& call) const;
   bool overlaps_in_part(const Call& call) const;

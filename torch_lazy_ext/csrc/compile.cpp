@@ -45,7 +45,8 @@ const void* memory_of(const at::Tensor& tensor) {
 }
 
 uint32_t version_of(const at::Tensor& tensor) {
-  return tensor.is_inference() ? 0 : tensor.unsafeGetTensorImpl()->version_counter().current_version();
+  return tensor.is_inference() ? 0
+                               : tensor.unsafeGetTensorImpl()->version_counter().current_version();
 }
 
 } // namespace
@@ -201,10 +202,8 @@ void bind_compile(py::module_& m) {
       .def(
           py::init([](bool from_input,
                       int64_t index,
-                      const std::optional<std::tuple<
-                          std::vector<int64_t>,
-                          std::vector<int64_t>,
-                          int64_t>>& view) {
+                      const std::optional<
+                          std::tuple<std::vector<int64_t>, std::vector<int64_t>, int64_t>>& view) {
             OutputPlan plan{from_input, index, std::nullopt};
             if (view) {
               plan.view = {std::get<0>(*view), std::get<1>(*view), std::get<2>(*view)};
@@ -213,25 +212,28 @@ void bind_compile(py::module_& m) {
           }),
           "Where an output comes from; `view`: (sizes, strides, offset) of a view of that.");
   py::class_<NativeProgram, Runnable, std::shared_ptr<NativeProgram>>(m, "NativeProgram")
-      .def(py::init<
-           const std::string&,
-           std::vector<int64_t>,
-           Tensors,
-           size_t,
-           std::vector<OutputPlan>,
-           bool>());
+      .def(
+          py::init<
+              const std::string&,
+              std::vector<int64_t>,
+              Tensors,
+              size_t,
+              std::vector<OutputPlan>,
+              bool>());
   py::class_<FrozenProgram, Runnable, std::shared_ptr<FrozenProgram>>(m, "FrozenProgram")
-      .def(py::init([](std::shared_ptr<Runnable> frozen,
-                       const std::vector<int64_t>& weights,
-                       const Tensors& inputs,
-                       const py::function& changed) {
-        return std::make_shared<FrozenProgram>(
-            std::move(frozen), weights, inputs, changed.ptr());
-      }))
+      .def(
+          py::init([](std::shared_ptr<Runnable> frozen,
+                      const std::vector<int64_t>& weights,
+                      const Tensors& inputs,
+                      const py::function& changed) {
+            return std::make_shared<FrozenProgram>(
+                std::move(frozen), weights, inputs, changed.ptr());
+          }))
       .def("is_fresh", &FrozenProgram::is_fresh);
   py::class_<PythonProgram, Runnable, std::shared_ptr<PythonProgram>>(m, "PythonProgram")
-      .def(py::init(
-          [](const py::object& callable) { return std::make_shared<PythonProgram>(callable.ptr()); }));
+      .def(py::init([](const py::object& callable) {
+        return std::make_shared<PythonProgram>(callable.ptr());
+      }));
 }
 
 } // namespace tle

@@ -40,9 +40,7 @@ class ScriptProgram : public Runnable {
 class Switch : public Runnable {
  public:
   explicit Switch(std::shared_ptr<Runnable> target) : target_(std::move(target)) {}
-  Tensors run(const Tensors& inputs) override {
-    return target()->run(inputs);
-  }
+  Tensors run(const Tensors& inputs) override { return target()->run(inputs); }
   std::shared_ptr<Runnable> target() const;
   void set_target(std::shared_ptr<Runnable> target);
 

@@ -95,8 +95,8 @@ bool has_number(const Stack& stack, size_t nargs) {
   return std::any_of(stack.end() - static_cast<int64_t>(nargs), stack.end(), [](const IValue& v) {
     return v.isSymFloat() ||
         (v.isList() && std::any_of(v.toListRef().begin(), v.toListRef().end(), [](const IValue& e) {
-           return e.isSymFloat();
-         }));
+             return e.isSymFloat();
+           }));
   });
 }
 
@@ -129,7 +129,8 @@ void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stac
       any_capture = any_capture || is_captured(t);
     });
     const bool any_number = has_number(*stack, nargs);
-    if (any_capture || (!any_tensor && any_number) || (!any_tensor && is_factory(op.schema(), *stack))) {
+    if (any_capture || (!any_tensor && any_number) ||
+        (!any_tensor && is_factory(op.schema(), *stack))) {
       recorder->record(op, stack);
       return;
     }
@@ -205,8 +206,9 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   if (name == "aten::max_pool1d") {
     // Without gradients its composite code reads the data of a CPU tensor.
     auto list = [&](size_t i) { return at(i).toIntVector(); };
-    return answer(std::get<0>(at::max_pool1d_with_indices(
-        at(0).toTensor(), list(1), list(2), list(3), list(4), at(5).toBool())));
+    return answer(
+        std::get<0>(at::max_pool1d_with_indices(
+            at(0).toTensor(), list(1), list(2), list(3), list(4), at(5).toBool())));
   }
   if (name == "aten::as_strided" && fi::isFunctionalTensor(at(0).toTensor())) {
     recorder.reads_offset = true;
@@ -396,7 +398,8 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
   auto add = [&](const at::Tensor& t) {
     TORCH_CHECK(
         !t.defined() || !may_overlap_itself(t),
-        "several elements of the tensor that is written to are one place in memory: clone it before.");
+        "several elements of the tensor that is written to are one place in memory: clone it "
+        "before.");
     if (t.defined() && fi::isFunctionalTensor(t)) {
       fi::sync(t);
       out.push_back({t, fi::from_functional_tensor(t), version_of(t), position});
@@ -416,9 +419,10 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
         // Eager's kernel is a loop, and sees in one round what it wrote in another.
         TORCH_CHECK(
             !fi::isFunctionalTensor(t) ||
-                std::none_of(out.begin(), out.end(), [&](const Written& w) {
-                  return storage_of(w.tensor) == storage_of(t);
-                }),
+                std::none_of(
+                    out.begin(),
+                    out.end(),
+                    [&](const Written& w) { return storage_of(w.tensor) == storage_of(t); }),
             "tensors of a list that is written to share memory.");
         add(t);
       }
@@ -452,40 +456,43 @@ void restore_strides(const Written& w) {
   fi::sync(w.tensor);
 }
 
-
 void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
   if (c10::impl::TorchDispatchModeTLS::stack_len() > recorder.dispatch_modes) {
-    throw Unsupported(c10::str(
-        op.schema().operator_name(),
-        " is called under a TorchDispatchMode of the program (at ",
-        recorder.describe(recorder.current_source()),
-        "), which would see it now and not in a replay: capture outside of the mode, and keep "
-        "tracers (make_fx, torch.func.linearize) out of the program"));
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " is called under a TorchDispatchMode of the program (at ",
+            recorder.describe(recorder.current_source()),
+            "), which would see it now and not in a replay: capture outside of the mode, and keep "
+            "tracers (make_fx, torch.func.linearize) out of the program"));
   }
   const std::string& name = op.schema().name();
   if (name.compare(0, 19, "aten::quantize_per_") == 0 || name == "aten::_empty_affine_quantized" ||
       name == "aten::_empty_per_channel_affine_quantized") {
-    throw Unsupported(c10::str(
-        op.schema().operator_name(),
-        " makes a quantized tensor, which a graph cannot hold (at ",
-        recorder.describe(recorder.current_source()),
-        "): keep this part outside of the captured program"));
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " makes a quantized tensor, which a graph cannot hold (at ",
+            recorder.describe(recorder.current_source()),
+            "): keep this part outside of the captured program"));
   }
   if (name.compare(0, 6, "c10d::") == 0) {
-    throw Unsupported(c10::str(
-        op.schema().operator_name(),
-        " talks to other processes (at ",
-        recorder.describe(recorder.current_source()),
-        ") in a way that cannot be recorded: call torch.distributed.all_reduce, broadcast, "
-        "all_gather_into_tensor or reduce_scatter_tensor as attributes of torch.distributed, or "
-        "torch.distributed._functional_collectives"));
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " talks to other processes (at ",
+            recorder.describe(recorder.current_source()),
+            ") in a way that cannot be recorded: call torch.distributed.all_reduce, broadcast, "
+            "all_gather_into_tensor or reduce_scatter_tensor as attributes of torch.distributed, "
+            "or "
+            "torch.distributed._functional_collectives"));
   }
 }
 
 bool is_view_of_custom_operator(const c10::OperatorHandle& op) {
   const c10::FunctionSchema& schema = op.schema();
-  const bool returns_alias = std::any_of(
-      schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
+  const bool returns_alias =
+      std::any_of(schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
         return r.alias_info() != nullptr && !r.alias_info()->isWrite();
       });
   return returns_alias && schema.name().compare(0, 6, "aten::") != 0 &&
@@ -498,11 +505,7 @@ thread_local bool lifted_arguments = false;
 
 // Records an operator whose tensor arguments are twins. Returns whether it went through
 // the dispatcher, and not through other operators in its place.
-bool record_lifted(
-    Recorder& recorder,
-    const c10::OperatorHandle& op,
-    Stack* stack,
-    size_t begin) {
+bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack, size_t begin) {
   if (const auto* read = data_arguments(op)) {
     for (size_t i : *read) {
       map_tensors(stack, begin + i, begin + i + 1, [&](const at::Tensor& t) {
@@ -635,13 +638,14 @@ void raise_as_eager(
     });
   };
   auto cannot_be_recorded = [&]() {
-    return Unsupported(c10::str(
-        op.schema().operator_name(),
-        " cannot be recorded (at ",
-        recorder.describe(recorder.current_source()),
-        "): ",
-        message,
-        " Keep this part outside of the captured program"));
+    return Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " cannot be recorded (at ",
+            recorder.describe(recorder.current_source()),
+            "): ",
+            message,
+            " Keep this part outside of the captured program"));
   };
   fill(&real, false);
   fill(&zeros, true);
@@ -702,11 +706,12 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   check_expressible(*recorder, op);
   if (op.hasTag(at::Tag::inplace_view) && !recorder->rebound.empty() &&
       recorder->rebound.count((*stack)[begin].toTensor().unsafeGetTensorImpl()) != 0) {
-    throw Unsupported(c10::str(
-        op.schema().operator_name(),
-        " changes the shape of a tensor after an assignment to its `.data` (at ",
-        recorder->describe(recorder->current_source()),
-        "): change the shape before the assignment"));
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " changes the shape of a tensor after an assignment to its `.data` (at ",
+            recorder->describe(recorder->current_source()),
+            "): change the shape before the assignment"));
   }
   if (name == "aten::lift_fresh" || name == "aten::lift") {
     // A tensor the program has just made from Python data.
@@ -722,20 +727,22 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   map_tensors(stack, begin, stack->size(), [&](const at::Tensor& t) {
     const std::string kind = unsupported_kind(t);
     if (!kind.empty()) {
-      throw Unsupported(c10::str(
-          op.schema().operator_name(),
-          " gets ",
-          kind,
-          ", which a graph cannot hold (at ",
-          recorder->describe(recorder->current_source()),
-          "): convert it to a dense tensor outside of the captured program"));
+      throw Unsupported(
+          c10::str(
+              op.schema().operator_name(),
+              " gets ",
+              kind,
+              ", which a graph cannot hold (at ",
+              recorder->describe(recorder->current_source()),
+              "): convert it to a dense tensor outside of the captured program"));
     }
     if (t.key_set().has(DispatchKey::Python)) {
-      throw Unsupported(c10::str(
-          op.schema().operator_name(),
-          " gets a tensor of a subclass with __torch_dispatch__ (at ",
-          recorder->describe(recorder->current_source()),
-          "), whose behaviour a graph cannot hold: unwrap it outside of the captured program"));
+      throw Unsupported(
+          c10::str(
+              op.schema().operator_name(),
+              " gets a tensor of a subclass with __torch_dispatch__ (at ",
+              recorder->describe(recorder->current_source()),
+              "), whose behaviour a graph cannot hold: unwrap it outside of the captured program"));
     }
     at::Tensor twin = recorder->twin_of(t);
     if (!twin.is_same(t)) {

@@ -130,10 +130,10 @@ Surroundings Surroundings::now() {
 }
 
 bool Surroundings::operator==(const Surroundings& o) const {
-  return grad_mode == o.grad_mode && inference_mode == o.inference_mode &&
-      autocast == o.autocast && deterministic == o.deterministic &&
-      autocast_dtype == o.autocast_dtype && default_dtype == o.default_dtype &&
-      function_modes == o.function_modes && dispatch_modes == o.dispatch_modes;
+  return grad_mode == o.grad_mode && inference_mode == o.inference_mode && autocast == o.autocast &&
+      deterministic == o.deterministic && autocast_dtype == o.autocast_dtype &&
+      default_dtype == o.default_dtype && function_modes == o.function_modes &&
+      dispatch_modes == o.dispatch_modes;
 }
 
 // ------------------------------------------------------------------ arguments
@@ -152,9 +152,8 @@ ArgumentGuard::ArgumentGuard(
     Leaf guard;
     if (THPVariable_Check(leaf.ptr())) {
       guard.tensor.emplace(leaf.ptr(), with_offset);
-      guard.first = position
-                        .try_emplace(leaf.ptr(), static_cast<int64_t>(leaves_.size()))
-                        .first->second;
+      guard.first =
+          position.try_emplace(leaf.ptr(), static_cast<int64_t>(leaves_.size())).first->second;
       keep.append(py::type::of(leaf));
     } else {
       guard.value = leaf.ptr();
@@ -240,10 +239,8 @@ bool ArgumentGuard::match(PyObject* args, PyObject* kwargs, Arguments& arguments
   return true;
 }
 
-bool ArgumentGuard::match_children(
-    const Node& node,
-    PyObject* const* values,
-    Arguments& arguments) const {
+bool ArgumentGuard::match_children(const Node& node, PyObject* const* values, Arguments& arguments)
+    const {
   for (size_t i = 0; i < node.children.size(); ++i) {
     if (!match(node.children[i], values[i], arguments)) {
       return false;
@@ -262,7 +259,8 @@ bool ArgumentGuard::match(const Node& node, PyObject* value, Arguments& argument
   if (node.kind == Kind::Again) {
     return containers[node.index] == value;
   }
-  if (!node.immutable && std::find(containers.begin(), containers.end(), value) != containers.end()) {
+  if (!node.immutable &&
+      std::find(containers.begin(), containers.end(), value) != containers.end()) {
     return false; // was two containers at the capture
   }
   const auto count = static_cast<Py_ssize_t>(node.children.size());
@@ -310,8 +308,7 @@ bool ArgumentGuard::match(const Node& node, PyObject* value, Arguments& argument
       }
       containers.push_back(value);
       arguments.made.push_back(std::move(taken));
-      return match_children(
-          node, reinterpret_cast<PyListObject*>(children)->ob_item, arguments);
+      return match_children(node, reinterpret_cast<PyListObject*>(children)->ob_item, arguments);
     }
   }
 }
@@ -401,8 +398,7 @@ PyObject* StateGuard::read(const Loose& loose) {
   }
   called_python_ = true;
   static PyObject* name = PyUnicode_InternFromString("read");
-  held_.push_back(
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(loose.slot, name)));
+  held_.push_back(py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(loose.slot, name)));
   throw_if(held_.back().ptr() == nullptr);
   PyObject* now = held_.back().ptr();
   return now == missing() ? nullptr : now;

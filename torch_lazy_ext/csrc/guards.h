@@ -107,9 +107,7 @@ class StateGuard {
   // The slot may hold anything: `current(handle)` after a `check` that held.
   int64_t handle(const py::object& slot, Keep& keep);
   bool check();
-  PyObject* current(int64_t handle) const {
-    return current_[handle];
-  }
+  PyObject* current(int64_t handle) const { return current_[handle]; }
 
  private:
   struct Entry {

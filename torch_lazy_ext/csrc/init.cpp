@@ -84,7 +84,7 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
   auto* storage = wrapper->unsafe_storage().unsafeGetStorageImpl();
   d.storage = reinterpret_cast<uintptr_t>(storage);
   const auto writes = r.inference_writes.find(d.storage);
-  d.version = !seen.is_inference()      ? static_cast<int64_t>(seen._version())
+  d.version = !seen.is_inference()         ? static_cast<int64_t>(seen._version())
       : writes != r.inference_writes.end() ? writes->second
                                            : 0;
   for (size_t i = 0; i < r.inputs.size(); ++i) {
@@ -117,7 +117,6 @@ ValueRef base_value(Recorder& r, const at::Tensor& t) {
   TORCH_CHECK(c != nullptr && c->recorder.get() == &r);
   return c->value;
 }
-
 
 } // namespace
 
@@ -170,8 +169,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "share_storage",
           [](Recorder& r, const at::Tensor& t) {
-            auto [known, fresh] = r.shared_storages.try_emplace(
-                t.storage().unsafeGetStorageImpl(), t.scalar_type());
+            auto [known, fresh] =
+                r.shared_storages.try_emplace(t.storage().unsafeGetStorageImpl(), t.scalar_type());
             if (!fresh && t.itemsize() < c10::elementSize(known->second)) {
               known->second = t.scalar_type();
             }
@@ -290,19 +289,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
             return out;
           })
-      .def_property_readonly(
-          "fallbacks", [](const Recorder& r) { return r.fallbacks; })
+      .def_property_readonly("fallbacks", [](const Recorder& r) { return r.fallbacks; })
       .def(
           "guards",
           [](const Recorder& r) {
             py::list out;
             for (const Guard& g : r.guards) {
               const bool is_value = g.kind == Guard::Kind::Value;
-              out.append(py::make_tuple(
-                  g.value,
-                  is_value ? py::cast(g.expected) : py::cast(g.expected_sizes),
-                  is_value,
-                  r.describe(g.source)));
+              out.append(
+                  py::make_tuple(
+                      g.value,
+                      is_value ? py::cast(g.expected) : py::cast(g.expected_sizes),
+                      is_value,
+                      r.describe(g.source)));
             }
             return out;
           })
@@ -387,9 +386,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("collectives") = true);
   m.def("share_version_counter", &share_version_counter);
   m.def("update_boundary", &update_boundary);
-  m.def("write_in_place", [](const std::shared_ptr<torch::jit::Graph>& graph, const std::vector<int64_t>& targets) {
-    write_in_place(*graph, targets);
-  });
+  m.def(
+      "write_in_place",
+      [](const std::shared_ptr<torch::jit::Graph>& graph, const std::vector<int64_t>& targets) {
+        write_in_place(*graph, targets);
+      });
   m.def(
       "call_with_numbers",
       [](const std::string& name,
@@ -397,8 +398,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          const py::dict& kwargs,
          const std::vector<std::pair<std::string, c10::SymFloat>>& numbers) {
         auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
-        torch::jit::Stack stack =
-            torch::jit::createStackForSchema(
+        torch::jit::Stack stack = torch::jit::createStackForSchema(
             op.schema(),
             torch::jit::tuple_slice(args),
             py::reinterpret_borrow<py::kwargs>(kwargs),

@@ -55,8 +55,8 @@ torch::jit::Operation boxed_operation(const torch::jit::Node* node) {
   name.replace(name.find('.'), 1, "::");
   const size_t dot = name.find('.');
   const std::string overload = dot == std::string::npos ? "" : name.substr(dot + 1);
-  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
-      name.substr(0, dot).c_str(), overload.c_str());
+  auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(name.substr(0, dot).c_str(), overload.c_str());
   std::optional<at::ScalarType> default_dtype;
   if (node->hasAttribute(attr_default_dtype())) {
     default_dtype = static_cast<at::ScalarType>(node->i(attr_default_dtype()));
@@ -82,8 +82,8 @@ c10::Symbol boxed_operator(const c10::OperatorHandle& op) {
   const c10::Symbol kind = c10::Symbol::fromQualString(name);
   std::lock_guard<std::mutex> lock(mutex);
   if (known->insert(name).second) {
-    torch::jit::registerOperator(torch::jit::Operator(
-        kind, &boxed_operation, c10::AliasAnalysisKind::CONSERVATIVE));
+    torch::jit::registerOperator(
+        torch::jit::Operator(kind, &boxed_operation, c10::AliasAnalysisKind::CONSERVATIVE));
   }
   return kind;
 }
@@ -166,7 +166,8 @@ class Lowering {
     if (a.kind == ArgKind::NumberList) {
       for (size_t k = 0; k < a.values.size(); ++k) {
         elements.push_back(
-            a.values[k].node >= 0 ? number(a.values[k]) : graph_->insertConstant(a.constant.toListRef()[k]));
+            a.values[k].node >= 0 ? number(a.values[k])
+                                  : graph_->insertConstant(a.constant.toListRef()[k]));
       }
       return graph_->insertNode(graph_->createList(c10::NumberType::get(), elements))->output();
     }
@@ -192,17 +193,15 @@ class Lowering {
     return value;
   }
 
-  Value* number(const ValueRef& v) {
-    return graph_->insert(c10::aten::Float, {operand(v)});
-  }
+  Value* number(const ValueRef& v) { return graph_->insert(c10::aten::Float, {operand(v)}); }
 
   // TorchScript finds the overload by the types of the inputs. Where that leads it astray
   // (None fits several overloads, a bool is no number to it), the node calls the operator
   // directly.
   torch::jit::Node* create(const std::vector<Value*>& inputs) {
     const c10::FunctionSchema& schema = call_.op.schema();
-    torch::jit::Node* n = graph_->create(
-        c10::Symbol::fromQualString(schema.name()), inputs, schema.returns().size());
+    torch::jit::Node* n =
+        graph_->create(c10::Symbol::fromQualString(schema.name()), inputs, schema.returns().size());
     graph_->insertNode(n);
     n->setSourceRange(node_.source_range);
     auto resolved = [&] {
@@ -265,9 +264,7 @@ Lowered lower(
   for (const ValueRef& v : boundary) {
     boundary_set.emplace(v.node, v.index);
   }
-  auto at_boundary = [&](const ValueRef& v) {
-    return boundary_set.count({v.node, v.index}) != 0;
-  };
+  auto at_boundary = [&](const ValueRef& v) { return boundary_set.count({v.node, v.index}) != 0; };
   auto lowered_here = [&](int64_t i) { return i >= begin && i < end; };
   std::vector<char> live(count, 0);
   std::vector<char> exposed(count, 0);

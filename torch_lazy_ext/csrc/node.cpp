@@ -20,8 +20,8 @@ torch::lazy::hash_t hash_seed(const OperatorCall& call) {
   using torch::lazy::HashCombine;
   using torch::lazy::hash_t;
   const std::string& overload = call.op.schema().overload_name();
-  hash_t h = HashCombine(
-      call.constants_hash, torch::lazy::DataHash(overload.data(), overload.size()));
+  hash_t h =
+      HashCombine(call.constants_hash, torch::lazy::DataHash(overload.data(), overload.size()));
   // Which argument each operand is: LTC's own hash only sees the operands in a row.
   for (const Argument& a : call.arguments) {
     h = HashCombine(h, hash_t(static_cast<int64_t>(a.kind) + 16 * (a.values.size() + 1)));

@@ -87,8 +87,7 @@ struct OperatorCall {
           c10::List<std::optional<at::Tensor>> list;
           list.reserve(a.values.size());
           for (const ValueRef& v : a.values) {
-            list.push_back(
-                v.node < 0 ? std::nullopt : std::optional<at::Tensor>(tensor_of(v)));
+            list.push_back(v.node < 0 ? std::nullopt : std::optional<at::Tensor>(tensor_of(v)));
           }
           stack.emplace_back(std::move(list));
           break;
@@ -131,27 +130,18 @@ enum class NodeKind : uint8_t { Input, Operator };
 class GenericNode : public torch::lazy::TsNode {
  public:
   GenericNode(int64_t input_index, const TensorMeta& meta);
-  GenericNode(
-      OperatorCall call,
-      std::vector<TensorMeta> metas,
-      std::vector<int64_t> list_lengths);
+  GenericNode(OperatorCall call, std::vector<TensorMeta> metas, std::vector<int64_t> list_lengths);
 
   torch::lazy::TSOpVector Lower(
       std::shared_ptr<torch::jit::GraphFunction> function,
       torch::lazy::TSLoweringContext* loctx) const override;
 
-  bool random() const {
-    return call.has_value() && call->random;
-  }
+  bool random() const { return call.has_value() && call->random; }
 
-  bool collective() const {
-    return call.has_value() && call->collective;
-  }
+  bool collective() const { return call.has_value() && call->collective; }
 
   // Live whether or not its results are used.
-  bool pinned() const {
-    return random() || collective();
-  }
+  bool pinned() const { return random() || collective(); }
 
   NodeKind kind;
   int64_t input_index = -1;

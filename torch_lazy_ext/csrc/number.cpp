@@ -47,8 +47,7 @@ double power(double a, double b) {
   const bool complex = a < 0 && std::isfinite(a) && std::isfinite(b) && b != std::floor(b);
   TORCH_CHECK(!complex, "a negative number to a fractional power is complex");
   const double result = std::pow(a, b);
-  TORCH_CHECK(
-      !std::isinf(result) || !std::isfinite(a) || !std::isfinite(b), "Result too large");
+  TORCH_CHECK(!std::isinf(result) || !std::isfinite(a) || !std::isfinite(b), "Result too large");
   return result;
 }
 

@@ -37,15 +37,15 @@ PyObject* unsupported_type = nullptr;
 const DispatchKeySet bystander_keys = capture_keys | c10::autograd_dispatch_keyset |
     c10::autocast_dispatch_keyset | c10::functorch_transforms_ks |
     DispatchKeySet(
-        {DispatchKey::Functionalize,
-         DispatchKey::Python,
-         DispatchKey::PythonTLSSnapshot,
-         DispatchKey::PythonDispatcher,
-         DispatchKey::PreDispatch,
-         DispatchKey::ADInplaceOrView,
-         DispatchKey::FuncTorchDynamicLayerBackMode,
-         DispatchKey::FuncTorchDynamicLayerFrontMode,
-         DispatchKey::Tracer});
+                                          {DispatchKey::Functionalize,
+                                           DispatchKey::Python,
+                                           DispatchKey::PythonTLSSnapshot,
+                                           DispatchKey::PythonDispatcher,
+                                           DispatchKey::PreDispatch,
+                                           DispatchKey::ADInplaceOrView,
+                                           DispatchKey::FuncTorchDynamicLayerBackMode,
+                                           DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                           DispatchKey::Tracer});
 
 at::Tensor without_wrapper(const at::Tensor& t) {
   if (fi::isFunctionalTensor(t)) {
@@ -127,8 +127,7 @@ bool is_device_argument(const c10::Argument& argument) {
     return true;
   }
   return type->kind() == c10::TypeKind::OptionalType &&
-      type->expectRef<c10::OptionalType>().getElementType()->kind() ==
-      c10::TypeKind::DeviceObjType;
+      type->expectRef<c10::OptionalType>().getElementType()->kind() == c10::TypeKind::DeviceObjType;
 }
 
 at::Tensor number_behind(const IValue& value) {
@@ -140,7 +139,8 @@ at::Tensor number_behind(const IValue& value) {
       node = pybind11::reinterpret_borrow<pybind11::object>(python->getPyObj());
       return pybind11::getattr(node, "number", pybind11::none()).cast<at::Tensor>();
     }
-  } else if (value.isTensor() && value.toTensor().defined() && is_wrapped_number(value.toTensor())) {
+  } else if (
+      value.isTensor() && value.toTensor().defined() && is_wrapped_number(value.toTensor())) {
     pybind11::gil_scoped_acquire gil;
     pybind11::object wrapped = pybind11::cast(value.toTensor());
     pybind11::object number = pybind11::getattr(wrapped, "_wrapped_number", pybind11::none());
@@ -280,8 +280,8 @@ torch::jit::SourceRange Recorder::source_range(const SourceLocation& source) {
     // The range's text is the location itself: that is what a jit node gives back.
     std::string text = describe(source);
     const size_t length = text.size();
-    it->second = torch::jit::SourceRange(
-        std::make_shared<torch::jit::Source>(std::move(text)), 0, length);
+    it->second =
+        torch::jit::SourceRange(std::make_shared<torch::jit::Source>(std::move(text)), 0, length);
   }
   return it->second;
 }
@@ -321,8 +321,7 @@ c10::StorageImpl* storage_of(const at::Tensor& functional) {
 
 at::Tensor whole_storage(const at::Tensor& tensor, std::optional<at::ScalarType> dtype) {
   StandaloneGuard alone;
-  at::Tensor whole =
-      at::empty({0}, tensor.options().dtype(dtype.value_or(tensor.scalar_type())));
+  at::Tensor whole = at::empty({0}, tensor.options().dtype(dtype.value_or(tensor.scalar_type())));
   const auto count = static_cast<int64_t>(tensor.storage().nbytes() / whole.itemsize());
   whole.set_(tensor.storage(), 0, {count}, {1});
   return whole;
@@ -351,8 +350,8 @@ struct Given : public torch::autograd::Node {
 } // namespace
 
 at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
-  auto n = std::make_shared<GenericNode>(
-      static_cast<int64_t>(inputs.size()), TensorMeta::of(tensor));
+  auto n =
+      std::make_shared<GenericNode>(static_cast<int64_t>(inputs.size()), TensorMeta::of(tensor));
   n->id = static_cast<int64_t>(nodes.size());
   n->depends_on_input = !constant;
   at::Tensor twin;
@@ -540,8 +539,8 @@ Stack Recorder::run(const OperatorCall& call, std::vector<int64_t>* bumps) {
   std::vector<std::pair<ValueRef, at::Tensor>> copies;
   for (size_t i : call.mutated) {
     for (const ValueRef& v : call.arguments[i].values) {
-      const bool known = std::any_of(
-          copies.begin(), copies.end(), [&](const auto& c) { return c.first == v; });
+      const bool known =
+          std::any_of(copies.begin(), copies.end(), [&](const auto& c) { return c.first == v; });
       if (v.node >= 0 && !known) {
         copies.emplace_back(v, strided_copy(node(v.node).values[v.index]));
       }
@@ -594,16 +593,17 @@ std::vector<char> Recorder::needed_for(int64_t target) {
       continue;
     }
     if (n.collective()) {
-      throw Unsupported(c10::str(
-          "the program looks at a value (at ",
-          describe(current_source()),
-          ") that ",
-          n.call->op.schema().operator_name(),
-          " (at ",
-          describe(n.call->source),
-          ") brings from other processes. It is not there while the program is captured, since "
-          "not every process captures at the same call: compute with tensors, or look at the "
-          "value after the call"));
+      throw Unsupported(
+          c10::str(
+              "the program looks at a value (at ",
+              describe(current_source()),
+              ") that ",
+              n.call->op.schema().operator_name(),
+              " (at ",
+              describe(n.call->source),
+              ") brings from other processes. It is not there while the program is captured, since "
+              "not every process captures at the same call: compute with tensors, or look at the "
+              "value after the call"));
     }
     TORCH_INTERNAL_ASSERT(n.call);
     random_after = random_after || n.random();
@@ -626,8 +626,8 @@ at::Tensor Recorder::materialize(ValueRef value) {
       continue;
     }
     at::Generator g = generator_of(*node(i).call);
-    const bool known = std::any_of(
-        users.begin(), users.end(), [&](const auto& u) { return u.first == g; });
+    const bool known =
+        std::any_of(users.begin(), users.end(), [&](const auto& u) { return u.first == g; });
     if (!known) {
       users.emplace_back(g, g.get_state());
       auto ours = rng_states_.find(g.unsafeGetGeneratorImpl());
@@ -665,10 +665,11 @@ bool Recorder::depends_on_tangent(const OperatorCall& call) {
 
 void Recorder::add_value_guard(ValueRef value, const at::Tensor& expected) {
   if (node(value.node).depends_on_tangent) {
-    throw Unsupported(c10::str(
-        "a backward reads the values of its gradients (at ",
-        describe(current_source()),
-        "), which are not there while it is captured: compute with tensors"));
+    throw Unsupported(
+        c10::str(
+            "a backward reads the values of its gradients (at ",
+            describe(current_source()),
+            "), which are not there while it is captured: compute with tensors"));
   }
   if (!node(value.node).depends_on_input) {
     return;
@@ -732,24 +733,26 @@ ValueRef Recorder::value_of(const at::Tensor& t, const c10::OperatorHandle& op) 
   CaptureTensorImpl* c = as_capture(seen);
   if (c == nullptr) {
     if (!is_liftable(t)) {
-      throw Unsupported(c10::str(
-          op.schema().operator_name(),
-          " gets ",
-          unsupported_kind(t).empty() ? "a tensor of another kind" : unsupported_kind(t),
-          ", which a graph cannot hold (at ",
-          describe(current_source()),
-          "): convert it to a dense tensor before the capture"));
+      throw Unsupported(
+          c10::str(
+              op.schema().operator_name(),
+              " gets ",
+              unsupported_kind(t).empty() ? "a tensor of another kind" : unsupported_kind(t),
+              ", which a graph cannot hold (at ",
+              describe(current_source()),
+              "): convert it to a dense tensor before the capture"));
     }
     // A tensor that an operator's own C++ code made while the capture ran.
     seen = without_wrapper(lift(t, /*constant=*/true));
     c = as_capture(seen);
   }
   if (c->recorder.get() != this) {
-    throw Unsupported(c10::str(
-        op.schema().operator_name(),
-        " gets a tensor of another capture (at ",
-        describe(current_source()),
-        "): results of one capture can be used in another after a call of the graph"));
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " gets a tensor of another capture (at ",
+            describe(current_source()),
+            "): results of one capture can be used in another after a call of the graph"));
   }
   return c->value;
 }
@@ -780,8 +783,7 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
   call.random = op.hasTag(at::Tag::nondeterministic_seeded);
   call.serial = static_cast<int64_t>(nodes.size());
   // Its workspace is there for a backward.
-  call.grad_mode =
-      op.schema().name() == "aten::mkldnn_rnn_layer" && c10::GradMode::is_enabled();
+  call.grad_mode = op.schema().name() == "aten::mkldnn_rnn_layer" && c10::GradMode::is_enabled();
   if (call.grad_mode) {
     call.constants_hash = torch::lazy::HashCombine(call.constants_hash, torch::lazy::hash_t(1));
   }
@@ -818,9 +820,10 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
     if (const at::Tensor number = number_behind(v); number.defined()) {
       a.kind = v.isTensor() ? ArgKind::WrappedNumber : ArgKind::Number;
       add(a, number);
-    } else if (v.isList() && std::any_of(v.toListRef().begin(), v.toListRef().end(), [](const IValue& e) {
-                 return e.isSymFloat();
-               })) {
+    } else if (
+        v.isList() && std::any_of(v.toListRef().begin(), v.toListRef().end(), [](const IValue& e) {
+          return e.isSymFloat();
+        })) {
       a.kind = ArgKind::NumberList;
       c10::impl::GenericList constants = v.toList().copy();
       for (size_t k = 0; k < constants.size(); ++k) {
@@ -835,7 +838,8 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
       a.constant = std::move(constants);
       call.constants_hash =
           torch::lazy::HashCombine(call.constants_hash, hash_constant(a.constant));
-    } else if (v.isTensor() && v.toTensor().defined() && is_wrapped_number(v.toTensor()) &&
+    } else if (
+        v.isTensor() && v.toTensor().defined() && is_wrapped_number(v.toTensor()) &&
         v.toTensor().scalar_type() == at::kBool) {
       // TorchScript makes a Scalar of a wrapped number, and takes no bool for one. Bool is
       // the lowest of types, so a plain tensor promotes alike.
@@ -846,7 +850,8 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
       }
       a.kind = ArgKind::Tensor;
       add(a, plain);
-    } else if (v.isTensor() && v.toTensor().defined() &&
+    } else if (
+        v.isTensor() && v.toTensor().defined() &&
         !(is_wrapped_number(v.toTensor()) && as_capture(v.toTensor()) == nullptr)) {
       a.kind = ArgKind::Tensor;
       add(a, v.toTensor());
@@ -880,7 +885,8 @@ OperatorCall Recorder::parse(const c10::OperatorHandle& op, const Stack& stack, 
       if (unscaled && gradients == static_cast<int>(i)) {
         continue;
       }
-      if (call.arguments[i].kind != ArgKind::Constant && op.schema().is_mutable({c10::SchemaArgType::input, i})) {
+      if (call.arguments[i].kind != ArgKind::Constant &&
+          op.schema().is_mutable({c10::SchemaArgType::input, i})) {
         call.mutated.push_back(i);
       }
     }
@@ -922,24 +928,22 @@ c10::Device Recorder::device_of(const OperatorCall& call) {
 
 namespace {
 
-Outputs outputs_of(
-    const OperatorCall& call,
-    Stack results,
-    c10::Device device,
-    const std::string& where) {
+Outputs
+outputs_of(const OperatorCall& call, Stack results, c10::Device device, const std::string& where) {
   Outputs out;
   auto add = [&](const at::Tensor& t) {
     TensorMeta m;
     if (t.defined()) {
       const std::string kind = unsupported_kind(t);
       if (!kind.empty()) {
-        throw Unsupported(c10::str(
-            call.op.schema().operator_name(),
-            " makes ",
-            kind,
-            ", which a graph cannot hold (at ",
-            where,
-            "): keep this part outside of the captured program"));
+        throw Unsupported(
+            c10::str(
+                call.op.schema().operator_name(),
+                " makes ",
+                kind,
+                ", which a graph cannot hold (at ",
+                where,
+                "): keep this part outside of the captured program"));
       }
       m = TensorMeta::of(t);
       m.device = device;
@@ -1014,9 +1018,8 @@ std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device dev
     }
     return out;
   }
-  const ShapeKey key = shape_key(call, device, [&](const ValueRef& v) -> const TensorMeta& {
-    return meta_of(v);
-  });
+  const ShapeKey key =
+      shape_key(call, device, [&](const ValueRef& v) -> const TensorMeta& { return meta_of(v); });
   if (auto known = shape_cache().find(key)) {
     return known;
   }
@@ -1071,8 +1074,7 @@ std::string Recorder::error_on_zeros(const OperatorCall& call) {
 
 Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
   // A node of its own, so that random operators draw in their turn.
-  auto n = std::make_shared<GenericNode>(
-      call, std::vector<TensorMeta>{}, std::vector<int64_t>{});
+  auto n = std::make_shared<GenericNode>(call, std::vector<TensorMeta>{}, std::vector<int64_t>{});
   call.for_each_value([&](const ValueRef& v) { materialize(v); });
   Stack results;
   if (call.random) {
@@ -1130,12 +1132,13 @@ GenericNode* Recorder::drawn_again(const OperatorCall& call) {
     same = before.call->operands[i].hash() == call.operands[i].hash();
   }
   if (!same) {
-    throw Unsupported(c10::str(
-        "the program puts the random number generator back to an earlier state, and then ",
-        call.op.operator_name(),
-        " draws other numbers from it than were drawn before (at ",
-        describe(call.source),
-        "): draw the same ones again, or pass a torch.Generator for each"));
+    throw Unsupported(
+        c10::str(
+            "the program puts the random number generator back to an earlier state, and then ",
+            call.op.operator_name(),
+            " draws other numbers from it than were drawn before (at ",
+            describe(call.source),
+            "): draw the same ones again, or pass a torch.Generator for each"));
   }
   seek(position_ + 1);
   return &before;
@@ -1144,8 +1147,8 @@ GenericNode* Recorder::drawn_again(const OperatorCall& call) {
 // ----------------------------------------------------------------- verification
 
 void Recorder::learn(const OperatorCall& call, c10::Device device, const Outputs& real) {
-  const ShapeKey key = shape_key(
-      call, device, [&](const ValueRef& v) -> const TensorMeta& { return meta_of(v); });
+  const ShapeKey key =
+      shape_key(call, device, [&](const ValueRef& v) -> const TensorMeta& { return meta_of(v); });
   Outputs learned = real;
   learned.values.clear();
   shape_cache().insert(key, learned);
@@ -1263,8 +1266,9 @@ Checked Recorder::run_checked(
         for (size_t k = 0; k < n.values.size(); ++k) {
           const TensorMeta& m = n.metas[k];
           if (m.defined) {
-            n.values[k] = at::empty_strided(m.sizes, m.strides, n.values[k].options().dtype(m.dtype))
-                              .copy_(n.values[k]);
+            n.values[k] =
+                at::empty_strided(m.sizes, m.strides, n.values[k].options().dtype(m.dtype))
+                    .copy_(n.values[k]);
           }
         }
       } else if (agrees != Agreement::Full) {
@@ -1291,14 +1295,11 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   const size_t count = op.schema().arguments().size();
   if (op.schema().name() == "aten::allclose") {
     auto at = [&](size_t i) -> const IValue& { return (*stack)[stack->size() - count + i]; };
-    const bool close = at::isclose(
-                           at(0).toTensor(),
-                           at(1).toTensor(),
-                           at(2).toDouble(),
-                           at(3).toDouble(),
-                           at(4).toBool())
-                           .all()
-                           .item<bool>();
+    const bool close =
+        at::isclose(
+            at(0).toTensor(), at(1).toTensor(), at(2).toDouble(), at(3).toDouble(), at(4).toBool())
+            .all()
+            .item<bool>();
     torch::jit::drop(*stack, count);
     stack->emplace_back(close);
     return;
@@ -1323,11 +1324,13 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
   std::optional<Outputs> inferred = infer(call, device);
   const bool observed = !inferred.has_value();
   if (observed && call.collective) {
-    throw Unsupported(c10::str(
-        op.schema().operator_name(),
-        " says only by running what it gives (at ",
-        describe(call.source),
-        "), and no collective runs while a program is captured: call it outside of the program"));
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " says only by running what it gives (at ",
+            describe(call.source),
+            "), and no collective runs while a program is captured: call it outside of the "
+            "program"));
   }
   Outputs out = observed ? observe(call, device) : std::move(*inferred);
   if (verify_layouts && !observed && out.plain.empty() && !call.collective &&
@@ -1379,11 +1382,7 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
     for (size_t i = 0; i < n->metas.size(); ++i) {
       if (n->metas[i].defined) {
         guards.push_back(
-            {Guard::Kind::Sizes,
-             {n->id, static_cast<int64_t>(i)},
-             {},
-             n->metas[i].sizes,
-             source});
+            {Guard::Kind::Sizes, {n->id, static_cast<int64_t>(i)}, {}, n->metas[i].sizes, source});
       }
     }
   }
@@ -1429,11 +1428,12 @@ void Recorder::push_outputs(
   auto write = [&](const at::Tensor& argument) {
     at::Tensor value = take(/*wrapped=*/false);
     if (!fi::isFunctionalTensor(argument)) {
-      throw Unsupported(c10::str(
-          n.call->op.schema().operator_name(),
-          " writes to its argument where functionalization cannot follow it (at ",
-          describe(source),
-          "): call it outside of transforms, on plain tensors"));
+      throw Unsupported(
+          c10::str(
+              n.call->op.schema().operator_name(),
+              " writes to its argument where functionalization cannot follow it (at ",
+              describe(source),
+              "): call it outside of transforms, on plain tensors"));
     }
     fi::replace_(argument, value);
     fi::commit_update(argument);

@@ -22,9 +22,7 @@ namespace tle {
 // autograd, puts twins in the place of the user's tensors; Fake, below
 // functionalization, records. PyTorch keeps both for out-of-tree modes of this kind,
 // and its own tensor constructors switch them off where they write to memory.
-constexpr c10::DispatchKeySet capture_keys{
-    c10::DispatchKey::Fake,
-    c10::DispatchKey::DeferredInit};
+constexpr c10::DispatchKeySet capture_keys{c10::DispatchKey::Fake, c10::DispatchKey::DeferredInit};
 
 struct Guard {
   enum class Kind : uint8_t { Value, Sizes } kind;
@@ -136,12 +134,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   bool depends_on_tangent(const OperatorCall& call);
   void add_value_guard(ValueRef value, const at::Tensor& expected);
 
-  GenericNode& node(int64_t id) {
-    return *nodes[id];
-  }
-  const TensorMeta& meta_of(ValueRef value) {
-    return nodes[value.node]->metas[value.index];
-  }
+  GenericNode& node(int64_t id) { return *nodes[id]; }
+  const TensorMeta& meta_of(ValueRef value) { return nodes[value.node]->metas[value.index]; }
   std::string describe(const SourceLocation& source) const;
   torch::jit::SourceRange source_range(const SourceLocation& source);
   SourceLocation current_source();

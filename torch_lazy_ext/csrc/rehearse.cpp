@@ -62,8 +62,7 @@ Operand operand_of(const at::Tensor& t, bool written) {
 
 bool same_layout(const Operand& a, const Operand& b) {
   return a.begin == b.begin && a.tensor.sizes() == b.tensor.sizes() &&
-      a.tensor.strides() == b.tensor.strides() &&
-      a.tensor.scalar_type() == b.tensor.scalar_type();
+      a.tensor.strides() == b.tensor.strides() && a.tensor.scalar_type() == b.tensor.scalar_type();
 }
 
 // Calls `visit` with the position in bytes of each element.
@@ -150,11 +149,12 @@ Stack stand_ins(
     }
     at::Tensor bytes = at::zeros({size}, at::kByte);
     const at::ScalarType dtype = o.tensor.scalar_type();
-    const bool counted_here = contents == Contents::Counted ||
-        (contents == Contents::CountedIfShared && sharing > 1);
+    const bool counted_here =
+        contents == Contents::Counted || (contents == Contents::CountedIfShared && sharing > 1);
     if (counted_here && size % static_cast<int64_t>(o.tensor.itemsize()) == 0) {
       // The same ones in each run.
-      at::Tensor values = bytes.view(c10::isComplexType(dtype) ? c10::toRealValueType(dtype) : dtype);
+      at::Tensor values =
+          bytes.view(c10::isComplexType(dtype) ? c10::toRealValueType(dtype) : dtype);
       const at::Tensor counted = at::arange(values.numel(), at::kDouble);
       if (c10::isIntegralType(dtype, /*includeBool=*/true)) {
         values.copy_(dtype == at::kBool ? counted.remainder(3) : counted.remainder(61).add(1));
@@ -204,11 +204,7 @@ Stack stand_ins(
 
 } // namespace
 
-void rehearse(
-    Recorder& recorder,
-    const c10::OperatorHandle& op,
-    const Stack& stack,
-    size_t begin) {
+void rehearse(Recorder& recorder, const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
   const c10::FunctionSchema& schema = op.schema();
   std::vector<Operand> operands;
   std::vector<size_t> written;
@@ -276,15 +272,16 @@ void rehearse(
       for (size_t k = 0; now.size() == written.size() && k < now.size(); ++k) {
         const Operand& o = operands[written[k]];
         auto* wrapper = fi::unsafeGetFunctionalWrapper(o.tensor);
-        const bool alone = !failed && wrapper->view_metas().empty() &&
-            wrapper->unsafe_storage().use_count() == 1;
+        const bool alone =
+            !failed && wrapper->view_metas().empty() && wrapper->unsafe_storage().use_count() == 1;
         if (now[k].sizes() != o.tensor.sizes() && !alone) {
-          throw Unsupported(c10::str(
-              schema.operator_name(),
-              " gives another shape to a tensor that shares memory with others, or fails after "
-              "that (at ",
-              recorder.describe(recorder.current_source()),
-              "): use the result, without out="));
+          throw Unsupported(
+              c10::str(
+                  schema.operator_name(),
+                  " gives another shape to a tensor that shares memory with others, or fails after "
+                  "that (at ",
+                  recorder.describe(recorder.current_source()),
+                  "): use the result, without out="));
         }
       }
     };
@@ -317,7 +314,8 @@ void rehearse(
         break;
       } catch (const c10::Error& e) {
         check_sizes(results[0], /*failed=*/true);
-        if (e.what_without_backtrace() != nullptr && is_about_operands(e.what_without_backtrace())) {
+        if (e.what_without_backtrace() != nullptr &&
+            is_about_operands(e.what_without_backtrace())) {
           throw;
         }
         if (contents == Contents::Zeros) {
@@ -328,20 +326,20 @@ void rehearse(
     order_matters = false;
     for (size_t k = 0; (same || in_part) && k < results[0].size(); ++k) {
       order_matters = order_matters ||
-          !at::allclose(
-              results[0][k].to(at::kComplexDouble),
-              results[1][k].to(at::kComplexDouble),
-              1e-5,
-              1e-8,
-              /*equal_nan=*/true);
+          !at::allclose(results[0][k].to(at::kComplexDouble),
+                        results[1][k].to(at::kComplexDouble),
+                        1e-5,
+                        1e-8,
+                        /*equal_nan=*/true);
     }
   }
   if (order_matters) {
-    throw Unsupported(c10::str(
-        schema.operator_name(),
-        " reads memory that it writes to (at ",
-        recorder.describe(recorder.current_source()),
-        "), and its result depends on the order in which it does so: clone the operand"));
+    throw Unsupported(
+        c10::str(
+            schema.operator_name(),
+            " reads memory that it writes to (at ",
+            recorder.describe(recorder.current_source()),
+            "), and its result depends on the order in which it does so: clone the operand"));
   }
 }
 
@@ -394,12 +392,13 @@ at::Tensor view_as_strided(
   if (views.size() != 2 || views[0].sizes() != views[1].sizes() ||
       views[0].strides() != views[1].strides() ||
       views[0].storage_offset() != views[1].storage_offset()) {
-    throw Unsupported(c10::str(
-        schema.operator_name(),
-        " returns a view of its argument (at ",
-        recorder.describe(recorder.current_source()),
-        "), which cannot be followed: return a copy, or make the view with PyTorch's own "
-        "operators"));
+    throw Unsupported(
+        c10::str(
+            schema.operator_name(),
+            " returns a view of its argument (at ",
+            recorder.describe(recorder.current_source()),
+            "), which cannot be followed: return a copy, or make the view with PyTorch's own "
+            "operators"));
   }
   return at::as_strided(viewed, views[0].sizes(), views[0].strides(), views[0].storage_offset());
 }

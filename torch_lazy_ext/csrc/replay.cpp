@@ -51,8 +51,7 @@ bool same_layout(const Value* a, const Value* b) {
 // operators, whose in-place variants compute what they do.
 std::optional<c10::OperatorHandle> in_place_variant(const Node* n, const c10::OperatorHandle& op) {
   if (!op.hasTag(at::Tag::pointwise) || op.hasTag(at::Tag::nondeterministic_seeded) ||
-      n->inputs().empty() || n->outputs().size() != 1 ||
-      !same_layout(n->input(0), n->output(0))) {
+      n->inputs().empty() || n->outputs().size() != 1 || !same_layout(n->input(0), n->output(0))) {
     return std::nullopt;
   }
   const c10::FunctionSchema& schema = op.schema();
@@ -77,8 +76,9 @@ bool is_owned_alone(const c10::IValue& v) {
   }
   const at::Tensor& t = v.toTensor();
   // Nobody has compared the strides of an empty tensor with the recorded ones.
-  return t.defined() && t.numel() != 0 && t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 &&
-      !t.is_conj() && !t.is_neg() && !t.is_inference() && !t._is_zerotensor();
+  return t.defined() && t.numel() != 0 && t.use_count() == 1 && t.has_storage() &&
+      t.storage().use_count() == 1 && !t.is_conj() && !t.is_neg() && !t.is_inference() &&
+      !t._is_zerotensor();
 }
 
 } // namespace
@@ -150,7 +150,10 @@ void Program::run(Stack& stack) const {
   at::AutoDispatchBelowAutograd below;
   TORCH_CHECK(
       static_cast<int32_t>(stack.size()) == num_inputs_,
-      "the graph has ", num_inputs_, " inputs, and was given ", stack.size());
+      "the graph has ",
+      num_inputs_,
+      " inputs, and was given ",
+      stack.size());
   std::vector<c10::IValue> registers = std::move(stack);
   registers.resize(num_registers_);
   stack.clear();

@@ -19,9 +19,7 @@ class Program {
   // let go of by its last reader.
   void run(torch::jit::Stack& stack) const;
 
-  const std::shared_ptr<torch::jit::Graph>& graph() const {
-    return graph_;
-  }
+  const std::shared_ptr<torch::jit::Graph>& graph() const { return graph_; }
 
  private:
   struct Operand {

@@ -24,9 +24,7 @@ ShapeKey shape_key(const OperatorCall& call, c10::Device device, F&& meta_of) {
       DataHash(name.overload_name.data(), name.overload_name.size()));
   key = HashCombine(key, call.constants_hash);
   key = HashCombine(
-      key,
-      ShapeKey(static_cast<int64_t>(
-          c10::typeMetaToScalarType(c10::get_default_dtype()))));
+      key, ShapeKey(static_cast<int64_t>(c10::typeMetaToScalarType(c10::get_default_dtype()))));
   key = HashCombine(key, ShapeKey(static_cast<int64_t>(device.type())));
   for (const Argument& a : call.arguments) {
     key = HashCombine(key, ShapeKey(static_cast<int64_t>(a.kind) + 16 * (a.values.size() + 1)));

@@ -32,9 +32,7 @@ struct TensorMeta {
 struct ValueRef {
   int64_t node = -1;
   int64_t index = 0;
-  bool operator==(const ValueRef& o) const {
-    return node == o.node && index == o.index;
-  }
+  bool operator==(const ValueRef& o) const { return node == o.node && index == o.index; }
 };
 
 // A tensor of a running capture. It says of itself what the eager tensor would say
