@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long tests take, as recorded in test_times.json: what shards and jobs are balanced by.
 
-    python test/run_test.py --save-xml reports
-    python tools/stats/test_times.py reports
+    python test/run_test.py --save-xml
+    python tools/stats/test_times.py test/test-reports
 
 reads the XML of a run and records its times, with `--slow` as those of the slow set. Files that
 were not run keep the times they had, unless they are gone.
