@@ -239,7 +239,8 @@ class Capture:
                 return torch.zeros(value.shape, dtype=value.dtype)
             return 0.0 if isinstance(value, Number) else value
 
-        return self._standalone(lambda: _TENSOR(known(data)).dtype)
+        dtype: torch.dtype = self._standalone(lambda: _TENSOR(known(data)).dtype)
+        return dtype
 
     def fused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         # PyTorch's own call would ask for the value of each float.

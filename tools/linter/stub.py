@@ -9,9 +9,9 @@ mypy reads it, and people do. pybind11-stubgen makes it; what it cannot know is 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -50,7 +50,10 @@ def generate() -> str:
     scripts = Path(sysconfig.get_path("scripts"))
     with tempfile.TemporaryDirectory() as folder:
         command = [str(scripts / "pybind11-stubgen"), "torch_lazy_ext._C", "-o", folder]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        # The extension of this checkout, whichever one is installed.
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        env = {**os.environ, "PYTHONPATH": path}
+        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
         text = Path(folder, "torch_lazy_ext", "_C.pyi").read_text()
     for pattern, replacement in REPLACED:
         text = re.sub(pattern, replacement, text)
@@ -68,6 +71,5 @@ def generate() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     STUB.write_text(generate())
     print(f"wrote {STUB.relative_to(ROOT)}")
