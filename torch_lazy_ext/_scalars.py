@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from torch_lazy_ext import _fx
-from torch_lazy_ext._native import Unsuitable
+from torch_lazy_ext._native import Unsuitable, is_tensor
 
 aten = torch.ops.aten
 numbers = torch.ops.torch_lazy_ext
@@ -72,7 +72,8 @@ class _Rewriting:
         self.known: dict[fx.Node, Any] = {}
         self.numbers: set[fx.Node] = set()  # of the old graph
         self.checked: list[fx.Node] = []
-        self.mode = next(n.meta["val"].fake_mode for n in module.graph.find_nodes(op="placeholder"))
+        tensors = filter(is_tensor, module.graph.nodes)
+        self.mode = next(n.meta["val"].fake_mode for n in tensors)
 
     def run(self) -> fx.GraphModule:
         with self.mode, torch.no_grad():

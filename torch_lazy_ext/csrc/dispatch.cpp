@@ -268,7 +268,9 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   }
   if (name == "aten::is_nonzero" && at(0).toTensor().numel() == 1) {
     // What a branch looks at is the answer, not the number.
-    return answer(at::ne(at(0).toTensor(), 0).item().toBool());
+    const at::Tensor& asked = at(0).toTensor();
+    const at::Tensor truth = asked.scalar_type() == at::kBool ? asked : at::ne(asked, 0);
+    return answer(truth.item().toBool());
   }
   if (name == "aten::ctc_loss") {
     // Its composite code reads the lengths, and writes them to a tensor of its own.
