@@ -952,7 +952,10 @@ class ArithmeticTest(unittest.TestCase):
     test_scalars = maketest(arithmetic, **counting(*FLOATS[:4]))
     test_integers = maketest(arithmetic, **counting(0, 1, -3))
     test_scalar_arguments = maketest(
-        scalar_arguments, same=("value_-",), **counting(0.5, -0.5, -0.0)
+        scalar_arguments,
+        same=("value_-",),  # what is not positive
+        **counting(0.5, -0.5, -0.0),
+        **{"value_-_or_0": lambda: (torch.tensor(0.0), torch.randn(3))},
     )
     test_type_promotion = maketest(dtype_of_result, **counting(2, 2.0, True, 1))
     test_big_integers = maketest(big_integers, **counting(2, 10**9, -5))

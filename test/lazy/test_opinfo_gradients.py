@@ -169,7 +169,7 @@ def check_sample(
                 (
                     result,
                     [
-                        g if g is None else torch.zeros(g.shape, dtype=g.dtype) + g
+                        g if g is None else g.clone(memory_format=torch.contiguous_format)
                         for g in gradients
                     ],
                 )
