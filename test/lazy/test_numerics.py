@@ -284,6 +284,39 @@ REDUCTIONS = {
 }
 
 
+class ComparisonTest(unittest.TestCase):
+    """Tensors beside a number that their dtype rounds, or cannot hold: what the tensor is compared
+    with is the rounded number."""
+
+
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+NUMBERS = (0, 0.1, -0.1, 1, 3, 2**24 + 1, 0.1 + 1e-12, math.inf, -math.inf, math.nan, True)
+
+
+def _compare(name: str) -> Any:
+    comparison = getattr(torch, name)
+    return lambda x: [comparison(x, number) for number in NUMBERS]
+
+
+def _numbers(dtype: torch.dtype) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.tensor(NUMBERS, dtype=dtype)
+    return torch.tensor([int(number) for number in NUMBERS if math.isfinite(number)] * 2)
+
+
+for _name, _dtype in itertools.product(
+    COMPARISONS, (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+):
+    setattr(
+        ComparisonTest,
+        f"test_{_name}_{_short(_dtype)}",
+        makefunctiontest(
+            _compare(_name),
+            lambda dtype=_dtype: (_numbers(dtype)[torch.randperm(len(NUMBERS))],),
+        ),
+    )
+
+
 class SpecialValueTest(unittest.TestCase):
     """nan, inf, signed zeros, subnormal numbers and halves."""
 

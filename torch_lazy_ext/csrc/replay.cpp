@@ -1,6 +1,8 @@
 #include "replay.h"
 
+#include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/runtime/operator.h>
 
@@ -70,6 +72,34 @@ std::optional<c10::OperatorHandle> in_place_variant(const Node* n, const c10::Op
   return found;
 }
 
+// A comparison with a number makes a tensor of the number and casts it to the other operand's
+// dtype, on each call. Of a constant both are done once, here.
+struct Comparison {
+  c10::OperatorHandle op;
+  at::Tensor other;
+};
+
+std::optional<Comparison> with_constant_tensor(const Node* n, const c10::OperatorHandle& op) {
+  static const std::unordered_set<std::string> comparisons = {
+      "aten::eq", "aten::ne", "aten::lt", "aten::le", "aten::gt", "aten::ge"};
+  if (op.operator_name().overload_name != "Scalar" ||
+      comparisons.count(op.operator_name().name) == 0) {
+    return std::nullopt;
+  }
+  const std::optional<c10::IValue> other = torch::jit::toIValue(n->input(1));
+  const auto type = n->input(0)->type()->cast<c10::TensorType>();
+  const std::optional<at::ScalarType> dtype = type ? type->scalarType() : std::nullopt;
+  // The dtypes that every number is compared in; the strides are known of strided tensors only.
+  if (!other || !other->isScalar() || other->isComplexDouble() ||
+      (dtype != at::kFloat && dtype != at::kDouble) ||
+      !type->strides().concrete_sizes().has_value()) {
+    return std::nullopt;
+  }
+  return Comparison{
+      c10::Dispatcher::singleton().findSchemaOrThrow(op.operator_name().name.c_str(), "Tensor"),
+      at::scalar_to_tensor(other->toScalar()).to(*dtype)};
+}
+
 bool is_owned_alone(const c10::IValue& v) {
   if (!v.isTensor()) {
     return false;
@@ -101,11 +131,16 @@ Program::Program(std::shared_ptr<torch::jit::Graph> graph) : graph_(std::move(gr
     if (const c10::FunctionSchema* schema = n->maybeSchema()) {
       instruction.op = c10::Dispatcher::singleton().findOp(schema->operator_name());
     }
-    if (instruction.op) {
-      instruction.in_place = in_place_variant(n, *instruction.op);
-    }
     for (const Value* v : n->inputs()) {
       instruction.inputs.push_back(operand(v));
+    }
+    if (instruction.op) {
+      instruction.in_place = in_place_variant(n, *instruction.op);
+      if (auto comparison = with_constant_tensor(n, *instruction.op)) {
+        instruction.op = comparison->op;
+        instruction.inputs[1].index = ~static_cast<int32_t>(constants_.size());
+        constants_.emplace_back(std::move(comparison->other));
+      }
     }
     for (const Value* v : n->outputs()) {
       place[v] = v->hasUses() ? num_registers_++ : -1;
