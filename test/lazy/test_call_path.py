@@ -3,12 +3,15 @@
 """What the C++ call path does that Python cannot see: memory used again, guards that trust
 version counts of dictionaries, results put together without Python."""
 
+import itertools
+import math
 import unittest
 from typing import Any
 
 import torch
 from oracle import makefunctiontest, maketest, tensors
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torch_lazy_ext import extract_compiled_graph
 
@@ -53,6 +56,35 @@ def changes_strides(x: Tensor) -> Tensor:
     return (x * 2) + (x + 1).t().contiguous().t()
 
 
+def eval_batch_norm() -> nn.Module:
+    norm = nn.BatchNorm2d(3).eval()
+    with torch.no_grad():
+        for t in (*norm.parameters(), norm.running_mean, norm.running_var):
+            t.uniform_(0.5, 2)
+    return norm
+
+
+class NormalizesTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = eval_batch_norm(), eval_batch_norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x + 1)).relu()
+
+
+class KeepsBeforeNorm(NormalizesTwice):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = x + 1
+        z = y * 2
+        return y, self.first(y), self.second(z.view_as(z)) + z[0]
+
+
+class NormalizesPermuted(NormalizesTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first((x + 1).permute(0, 3, 1, 2))
+
+
 class MemoryReuseTest(unittest.TestCase):
     """A pointwise operator computes in its first operand's memory when nobody else has it."""
 
@@ -65,6 +97,11 @@ class MemoryReuseTest(unittest.TestCase):
     test_broadcasts_up = makefunctiontest(broadcasts_up, tensors((3, 4)))
     test_promotes = makefunctiontest(promotes, tensors((3, 4)))
     test_changes_strides = makefunctiontest(changes_strides, tensors((3, 4)))
+
+    test_batch_norm = maketest(NormalizesTwice, tensors((2, 3, 4, 5)))
+    test_batch_norm_of_kept = maketest(KeepsBeforeNorm, tensors((2, 3, 4, 5)))
+    test_batch_norm_of_argument = maketest(eval_batch_norm, tensors((2, 3, 4, 5)))
+    test_batch_norm_of_permuted = maketest(NormalizesPermuted, tensors((2, 4, 5, 3)))
 
     def test_it_happens(self) -> None:
         """A long chain over a large tensor needs the memory of two tensors, not of twenty."""
@@ -83,6 +120,54 @@ class MemoryReuseTest(unittest.TestCase):
         self.assertIn("aten::add_", names)
         allocated = sum(e.self_cpu_memory_usage for e in profile.events())
         self.assertLessEqual(allocated, 2 * x.nbytes)
+
+
+def special_values(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """Makes numbers of which many are equal, with nans, infinities and zeros of both signs."""
+
+    def make() -> tuple[Tensor]:
+        special = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 1.0, -1.0])
+        picked = special[torch.randint(len(special), shape)]
+        return (torch.where(torch.rand(shape) < 0.1, picked, torch.randn(shape)).to(dtype),)
+
+    return make
+
+
+POOLS = {
+    "padding": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "overlap": lambda x: F.max_pool2d(x, 3, 1),
+    "ceil": lambda x: F.max_pool2d(x, (3, 2), 3, 1, ceil_mode=True),
+    "dilation": lambda x: F.max_pool2d(x, 2, 2, 0, (2, 3)),
+    "indices": lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True),
+    "permuted": lambda x: F.max_pool2d(x.transpose(2, 3), 3, 2),
+    "sliced": lambda x: F.max_pool2d(x[:, 1:], 3, 2),
+    "without_batch": lambda x: F.max_pool2d(x[0], 3, 2),
+    "of_result": lambda x: F.max_pool2d(x * 2, 3, 2).relu(),
+    "to_nothing": lambda x: F.max_pool2d(x[:0], 3, 2),
+}
+SIZES = {"many_channels": (2, 16, 17, 15), "few_channels": (2, 3, 40, 39), "small": (1, 16, 5, 6)}
+
+
+class MaxPoolTest(unittest.TestCase):
+    """Of many channels it is computed with the channels last, and looks as if it were not."""
+
+    def test_it_happens(self) -> None:
+        (x,) = special_values(SIZES["many_channels"], torch.float32)()
+        graph = extract_compiled_graph(POOLS["padding"], (x,))
+        graph(x)
+        with torch.profiler.profile() as profile:
+            graph(x)
+        self.assertEqual([e.count for e in profile.key_averages() if e.key == "aten::copy_"], [2])
+
+
+for (_name, _pool), (_size, _shape), _dtype in itertools.product(
+    POOLS.items(), SIZES.items(), (torch.float32, torch.float64, torch.bfloat16)
+):
+    setattr(
+        MaxPoolTest,
+        f"test_{_name}_{_size}_{str(_dtype).removeprefix('torch.')}",
+        makefunctiontest(_pool, special_values(_shape, _dtype)),
+    )
 
 
 class Counter(nn.Module):

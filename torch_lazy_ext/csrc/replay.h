@@ -32,7 +32,7 @@ class Program {
     std::vector<Operand> inputs;
     std::vector<int32_t> outputs; // registers; -1: nobody reads it
     // The same operator on the memory of its first operand, for when nobody else has that.
-    std::optional<c10::OperatorHandle> in_place;
+    std::function<void(torch::jit::Stack&)> in_place;
   };
   void call(const Instruction& instruction, torch::jit::Stack& stack) const;
 
