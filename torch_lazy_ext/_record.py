@@ -403,6 +403,9 @@ class Capture:
                     known = _grad_of(twin)
                     twin.grad = grad if known is None else known + grad
 
+    def is_nested(self, func: Any, tensor: torch.Tensor) -> bool:
+        return self.recorder.is_nested(tensor)
+
     def get_requires_grad(self, func: Any, tensor: torch.Tensor) -> Any:
         return func(self.recorder.twin_of(tensor) if id(tensor) in self.required else tensor)
 
@@ -701,6 +704,8 @@ def _install() -> None:
         replace(torch.Tensor, name, _method(getattr(torch.Tensor, name), handler))
     for name, (getter, setter) in _PROPERTIES.items():
         replace(torch.Tensor, name, _property(getattr(torch.Tensor, name), getter, setter))
+    is_nested = _method(torch.Tensor.is_nested.__get__, Capture.is_nested)
+    replace(torch.Tensor, "is_nested", property(is_nested))
     for name, handler in _GENERATOR.items():
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
@@ -945,6 +950,12 @@ def record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
+    if _keeps_nested(recorder):
+        recorder.release()
+        raise UnsupportedError(
+            "the program returns or keeps a nested tensor, which a graph cannot hold: convert it "
+            "with to_padded_tensor"
+        )
     if any(recorder.describe(t).mutated for t in capture.borrowed):
         recorder.release()
         raise UnsupportedError(
@@ -1102,15 +1113,11 @@ def _release_kept(recording: Recording) -> None:
         tensor = alive.pop()
         if id(tensor) in expected or not _C.is_capture_tensor(tensor):
             continue
-        references = sys.getrefcount(tensor) - 2  # its own and ours
-        # PyTorch itself may hold a tensor (a view holds its base), and with it the Python object.
-        shared = tensor._use_count() > 1  # type: ignore[attr-defined] # not in PyTorch's stub
-        certainly_held = references - shared > 0
         about = recorder.describe(tensor)
-        if not references or not about.captured:
+        if sys.getrefcount(tensor) == 2 or not about.captured:  # its own and ours
             continue
         if recorder.depends_on_input(about.value):
-            if certainly_held:
+            if _references(tensor):
                 stale.append(tensor)
         else:
             value = recorder.materialize(tensor, guard=False).clone()
@@ -1127,6 +1134,23 @@ def _release_kept(recording: Recording) -> None:
             "results, attributes and closures, which a replay cannot bring up to date: return it, "
             "or keep it in an attribute of the module"
         )
+
+
+def _keeps_nested(recorder: _C.Recorder) -> bool:
+    nested = recorder.nested_tensors()
+    while nested:
+        tensor = nested.pop()
+        if _references(tensor):
+            return True
+    return False
+
+
+def _references(tensor: torch.Tensor) -> int:
+    """How many references there certainly are in Python, but for one of the caller."""
+    references = sys.getrefcount(tensor) - 3  # the caller's, ours, and that of the call
+    # PyTorch itself may hold a tensor (a view holds its base), and with it the Python object.
+    shared: bool = tensor._use_count() > 1  # type: ignore[attr-defined] # not in PyTorch's stub
+    return references - shared
 
 
 def _contexts(tensors: list[torch.Tensor]) -> list[Any]:

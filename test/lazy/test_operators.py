@@ -362,6 +362,62 @@ class AttentionTest(unittest.TestCase):
         self.assertTrue(all(name in text for name in fast), text)
 
 
+class _Encoder(nn.Module):
+    """In eval mode eager makes a nested tensor of a padding mask, and runs the layers on that."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(x * 2, src_key_padding_mask=mask)
+
+
+LENGTHS = ((6, 3, 4), (1, 2, 3), (6, 6, 6), (0, 6, 5), (2, 2, 2))
+
+
+def _padded(i: int) -> tuple[Tensor, Tensor]:
+    mask = torch.stack([torch.arange(6) >= n for n in LENGTHS[i % len(LENGTHS)]])
+    return torch.randn(3, 6, 16), mask
+
+
+def _padded_anywhere(i: int) -> tuple[Tensor, Tensor]:
+    x, mask = _padded(i)
+    return x, mask.flip(1) if i % 2 else mask
+
+
+class PaddingMaskTest(unittest.TestCase):
+    """The nested tensor stays inside of the graph, which serves every mask."""
+
+    test_relu = maketest(_Encoder, _padded, calls=5, captures=1)
+    test_gelu = maketest(lambda: _Encoder(activation="gelu"), _padded, calls=5, captures=1)
+    test_float64 = maketest(
+        lambda: _Encoder().double(), lambda i: (_padded(i)[0].double(), _padded(i)[1])
+    )
+    test_padding_at_the_left = maketest(_Encoder, _padded_anywhere, calls=6, captures=2)
+    test_nothing_between = makefunctiontest(
+        lambda x, mask: torch._nested_tensor_from_mask(x, ~mask).to_padded_tensor(0.5, x.shape),
+        _padded,
+        calls=5,
+        captures=1,
+    )
+    test_is_nested = makefunctiontest(
+        lambda x, mask: (torch._nested_tensor_from_mask(x, ~mask).is_nested, x.is_nested), _padded
+    )
+    test_mask_changes_afterwards = makefunctiontest(
+        lambda x, mask: _changes_mask(x, mask.logical_not()), _padded, calls=5, captures=1
+    )
+
+
+def _changes_mask(x: Tensor, mask: Tensor) -> Tensor:
+    nested = torch._nested_tensor_from_mask(x, mask)
+    mask.fill_(True)
+    x.add_(1)
+    return nested.to_padded_tensor(0, x.shape)
+
+
 # ------------------------------------------------------------------------------- families
 
 MATRIX = tensors((4, 4))
@@ -905,6 +961,24 @@ class RefusedTest(unittest.TestCase):
             lambda x: torch.nested.nested_tensor([x[0], x[1, :2]]).to_padded_tensor(0),
             tensors((2, 3)),
             f"(?i)nested.*{HERE}",
+        )
+
+    def test_nested_of_a_mask(self):
+        """But what `PaddingMaskTest` does with it."""
+
+        def nested(x: Tensor, mask: Tensor) -> Tensor:
+            return torch._nested_tensor_from_mask(x, ~mask)
+
+        holder: list[Tensor] = []
+        self.refused(lambda x, m: nested(x, m) + 1, _padded, f"(?s)nested tensor.*{HERE}")
+        self.refused(nested, _padded, "returns or keeps a nested tensor")
+        self.refused(
+            lambda x, m: holder.append(nested(x, m)) or x + 1,
+            _padded,
+            "returns or keeps a nested tensor",
+        )
+        self.refused(
+            lambda x, m: nested(x, m).to_padded_tensor(0), _padded, f"(?s)depends on data.*{HERE}"
         )
 
     def test_sparse_after_the_first_call(self):

@@ -1,4 +1,5 @@
 // Stage "record": the two boxed fallbacks through which every operator of a capture goes.
+#include "nested.h"
 #include "record.h"
 #include "rehearse.h"
 
@@ -521,7 +522,7 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     stack->emplace_back(view);
     return false;
   }
-  if (replace(recorder, op, stack)) {
+  if (replace(recorder, op, stack) || record_nested(recorder, op, stack, begin)) {
     return false;
   }
   std::vector<Written> written = written_to(op, *stack, begin);
@@ -727,7 +728,8 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   // (twin, what the program passed), for operators that return an argument.
   std::vector<std::pair<c10::TensorImpl*, at::Tensor>> passed;
   map_tensors(stack, begin, stack->size(), [&](const at::Tensor& t) {
-    const std::string kind = unsupported_kind(t);
+    const bool refused_nested = recorder->is_nested(t) && !takes_nested(op);
+    const std::string kind = refused_nested ? "a nested tensor" : unsupported_kind(t);
     if (!kind.empty()) {
       throw Unsupported(
           c10::str(

@@ -187,6 +187,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           "Call a function after each write to the memory of a tensor.")
       .def("alive", &Recorder::alive)
+      .def("is_nested", &Recorder::is_nested)
+      .def("nested_tensors", &Recorder::nested_tensors)
       .def_readwrite("verify_layouts", &Recorder::verify_layouts)
       .def_readwrite("refusal", &Recorder::refusal)
       .def(

@@ -697,7 +697,20 @@ void Recorder::release() {
   input_by_twin.clear();
   rebound.clear();
   watched.clear();
+  nested.clear();
   made.clear();
+}
+
+bool Recorder::is_nested(const at::Tensor& t) const {
+  return !nested.empty() && nested.count(t.unsafeGetTensorImpl()) != 0;
+}
+
+std::vector<at::Tensor> Recorder::nested_tensors() const {
+  std::vector<at::Tensor> out;
+  for (const auto& [impl, tensor] : nested) {
+    out.push_back(tensor.given);
+  }
+  return out;
 }
 
 std::vector<at::Tensor> Recorder::alive() {

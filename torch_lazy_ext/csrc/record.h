@@ -69,6 +69,13 @@ struct CustomWrite {
   int64_t counted; // how far the version counter moved in the capture
 };
 
+// What stands for a nested tensor (see nested.h).
+struct Nested {
+  at::Tensor given; // to the program
+  at::Tensor values; // padded
+  at::Tensor mask; // true where the nested tensor has elements
+};
+
 struct Recorder : public std::enable_shared_from_this<Recorder> {
   Recorder();
   ~Recorder();
@@ -98,6 +105,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   int64_t dispatch_modes = 0; // TorchDispatchModes that were active when the capture began
   // Lets go of every tensor: twins hold the recorder, and it holds them.
   void release();
+  bool is_nested(const at::Tensor& tensor) const;
+  std::vector<at::Tensor> nested_tensors() const;
   // Tensors the program was given by operators and still holds.
   std::vector<at::Tensor> alive();
   // An input of the backward: no tensor of the user's. While it is recorded, ones stand in
@@ -159,6 +168,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   bool verify_layouts = false;
   // The exception on its way up is the one that eager would raise.
   bool eager_raised = false;
+  std::unordered_map<c10::TensorImpl*, Nested> nested; // by `given`
   // Called after a write to one of these storages of functional tensors.
   std::unordered_map<c10::StorageImpl*, std::function<void()>> watched;
   // What the program was refused, also when it caught the error.
