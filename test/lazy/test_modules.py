@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 from torch.utils import _pytree as pytree
 
-from torch_lazy_ext import UnsupportedError, extract_compiled_graph
+from torch_lazy_ext import extract_compiled_graph
 
 # Samples per module and mode: of a few modules there are hundreds.
 SLOW = os.environ.get("PYTORCH_TEST_WITH_SLOW") == "1"

@@ -126,8 +126,8 @@ bool record_nested(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
   if (!at(num_weights_end).isNone()) {
     return false;
   }
-  static const auto layer = c10::Dispatcher::singleton().findSchemaOrThrow(
-      "torch_lazy_ext::padded_encoder_layer", "");
+  static const auto layer =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torch_lazy_ext::padded_encoder_layer", "");
   Stack arguments{values, mask};
   arguments.insert(
       arguments.end(),
