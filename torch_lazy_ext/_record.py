@@ -570,6 +570,7 @@ _PROPERTIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "grad": (Capture.get_grad, Capture.set_grad),
     "requires_grad": (Capture.get_requires_grad, Capture.requires_grad_),
 }
+_GETTERS: dict[str, Callable[..., Any]] = {"is_nested": Capture.is_nested}
 _TENSOR = torch.tensor
 # Their C++ code reads the tensors in nested lists.
 _FROM_DATA = [
@@ -704,8 +705,9 @@ def _install() -> None:
         replace(torch.Tensor, name, _method(getattr(torch.Tensor, name), handler))
     for name, (getter, setter) in _PROPERTIES.items():
         replace(torch.Tensor, name, _property(getattr(torch.Tensor, name), getter, setter))
-    is_nested = _method(torch.Tensor.is_nested.__get__, Capture.is_nested)
-    replace(torch.Tensor, "is_nested", property(is_nested))
+    for name, handler in _GETTERS.items():
+        getter = _method(getattr(torch.Tensor, name).__get__, handler)
+        replace(torch.Tensor, name, property(getter))
     for name, handler in _GENERATOR.items():
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
