@@ -26,6 +26,7 @@ from torch._inductor.freezing import convert_conv_weights_to_channels_last
 from torch._inductor.fx_passes.freezing_patterns import freezing_passes
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -123,8 +124,22 @@ def _configured(settings: dict[str, Any], threads: int) -> Iterator[None]:
         # Constants are arguments of the code. With their addresses in its comments, the library
         # on disk would serve no other process.
         unittest.mock.patch.object(CppWrapperCpu, "write_constant", lambda *_args: None),
+        unittest.mock.patch.object(SchedulerNode, "recompute_size_and_body", _recompute_loops),
     ):
         yield
+
+
+_recompute_loops_unordered = SchedulerNode.recompute_size_and_body
+
+
+def _recompute_loops(node: SchedulerNode, *args: Any, **kwargs: Any) -> None:
+    """Give a node other loops, and leave it after the write to what it reads.
+
+    Inductor's own reads the dependencies anew from the body, which names a buffer and not the write
+    to it that comes before: what `bernoulli_` fills was read before it was filled.
+    """
+    _recompute_loops_unordered(node, *args, **kwargs)
+    node.set_read_writes(node.read_writes.rename(node.mutation_renames))
 
 
 @contextlib.contextmanager
