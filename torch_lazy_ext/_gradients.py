@@ -17,6 +17,10 @@ from torch_lazy_ext import _C, _compile, _lift, _lower, _record
 from torch_lazy_ext._errors import UnsupportedError
 
 
+# For each differentiation, the positions of the outputs that had a tangent.
+Path = tuple[frozenset[int], ...]
+
+
 class Backward:
     """The extracted backward of a variant: a graph of its own, and what belongs around it."""
 
@@ -84,26 +88,26 @@ class Derivatives:
     ) -> None:
         self.refused = refused
         self._record = record
-        self._known: dict[int, _Derivative] = {}
+        self._known: dict[Path, _Derivative] = {}
         self._lock = threading.Lock()
 
-    def get(self, order: int, origin: Origin) -> _Derivative:
-        known = self._known.get(order)
+    def get(self, path: Path, origin: Origin) -> _Derivative:
+        known = self._known.get(path)
         if known is None:
             with self._lock:
                 recording, state = self._record(origin.args, origin.kwargs)
                 try:
-                    lowered = _lower.lower_derivative(recording, state, order)
+                    lowered = _lower.lower_derivative(recording, state, path)
                     origin.check_lifted(recording.recorder)
                     known = _Derivative(lowered, recording.recorder)
                 finally:
                     recording.recorder.release()
-                self._known[order] = known
+                self._known[path] = known
         return known
 
-    def forget(self, order: int) -> None:
+    def forget(self, path: Path) -> None:
         with self._lock:
-            self._known.pop(order, None)
+            self._known.pop(path, None)
 
 
 class Origin:
@@ -201,7 +205,7 @@ class _Derivative:
 
 
 def attach(
-    backward: Backward,
+    backwards: list[Backward],
     written: set[int],
     origin: Origin,
     tensors: list[torch.Tensor],
@@ -210,17 +214,22 @@ def attach(
     """Give the results of a replay their place in the autograd graph of the caller.
 
     Args:
+        backwards: each of results of its own.
         written: the memory that the call is going to write to.
         values: the roots of the forward; returned with those that require grad replaced.
     """
-    saved = [values[r] for r in backward.lowered.saved]
+    # What is saved is the value before the call wrote to it.
+    kept = {r: values[r] for backward in backwards for r in backward.lowered.saved}
     if written:
-        # What is saved is the value before the call wrote to it.
-        saved = [t.clone() if t.untyped_storage().data_ptr() in written else t for t in saved]
-    call = _Call(backward, saved, origin, 0, dict(enumerate(tensors)))
-    values = _apply(call, values)
-    if origin.refused:
-        call.inputs = {}
+        for r, t in kept.items():
+            if t.untyped_storage().data_ptr() in written:
+                kept[r] = t.clone()
+    inputs = {} if origin.refused else dict(enumerate(tensors))
+    for backward in backwards:
+        saved = [kept[r] for r in backward.lowered.saved]
+        call = _Call(backward, saved, origin, (), dict(enumerate(tensors)))
+        values = _apply(call, values)
+        call.inputs = inputs
     return values
 
 
@@ -240,7 +249,7 @@ class _Call:
 
     Attributes:
         saved, outputs: taken by the autograd.Function.
-        order: how often the program was differentiated to come to this graph.
+        path: how the program was differentiated to come to this graph.
         inputs: what the graph was given, by the index of the lifted tensor or tangent.
     """
 
@@ -249,48 +258,56 @@ class _Call:
         backward: Backward,
         saved: list[torch.Tensor],
         origin: Origin,
-        order: int,
+        path: Path,
         inputs: dict[int, torch.Tensor],
     ) -> None:
         self.backward = backward
         self.saved = saved
         self.outputs: list[torch.Tensor] = []
         self.origin = origin
-        self.order = order
+        self.path = path
         self.inputs = inputs
 
-    def differentiably(self, tangents: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """The gradients of `backward.lowered.wrt`, as results of a graph with a backward."""
-        order = self.order + 1
+    def differentiably(self, tangents: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
+        """The gradients of `backward.lowered.wrt`, as results of a graph with a backward.
+
+        Args:
+            tangents: by the position of the output; there is no part of the others in the graph.
+        """
         origin = self.origin
         if origin.refused:
-            raise UnsupportedError(
-                f"second derivatives (create_graph=True) of an extracted graph: {origin.refused}. "
-                "Call the program itself for those"
-            )
+            what = "second derivatives (create_graph=True) of an extracted graph"
+            if not torch.is_grad_enabled():
+                what = (
+                    "the backward of some results of an extracted graph, which gives NaN if it "
+                    "takes zeros as the gradients of the others"
+                )
+            raise UnsupportedError(f"{what}: {origin.refused}. Call the program itself for those")
+        positions = self.backward.lowered.positions
+        path = (*self.path, frozenset(positions[k] for k in tangents))
         now = [(g, g.get_state()) for g, _state in origin.states]
         try:
             for _attempt in range(4):
                 # The numbers that the call has drawn.
                 for generator, state in origin.states:
                     generator.set_state(state)
-                derivative = origin.derivatives.get(order, origin)
+                derivative = origin.derivatives.get(path, origin)
                 origin.check(derivative)
                 inputs = dict(self.inputs)
                 inputs.update(derivative.lowered.constants)
-                inputs.update(zip(derivative.lowered.tangents, tangents, strict=True))
+                inputs.update(zip(derivative.lowered.tangents, tangents.values(), strict=True))
                 values = derivative.run(inputs)
                 if values is not None:
                     break
-                origin.derivatives.forget(order)
+                origin.derivatives.forget(path)
             else:
                 raise UnsupportedError(CHANGED)
         finally:
             for generator, state in now:
                 generator.set_state(state)
-        if derivative.backward is not None:
+        if derivative.backward is not None and torch.is_grad_enabled():
             saved = [values[r] for r in derivative.backward.lowered.saved]
-            values = _apply(_Call(derivative.backward, saved, origin, order, inputs), values)
+            values = _apply(_Call(derivative.backward, saved, origin, path, inputs), values)
         gradients = derivative.lowered.gradients
         return [values[gradients[i]] if i in gradients else None for i in self.backward.lowered.wrt]
 
@@ -313,6 +330,8 @@ class _Differentiable(torch.autograd.Function):
         call: _Call = ctx.call
         lowered = call.backward.lowered
         given = frozenset(k for k, t in enumerate(tangents) if t is not None)
+        # Eager's error, when this has run before and what it needs is gone.
+        saved = ctx.saved_tensors if lowered.once else ()
         dense = []
         for tangent, strides, (shape, dtype) in zip(tangents, lowered.strides, ctx.like):
             if tangent is None or tangent.stride() != strides or tangent.is_conj():
@@ -320,12 +339,26 @@ class _Differentiable(torch.autograd.Function):
                 tangent = empty.zero_() if tangent is None else empty.copy_(tangent)
             dense.append(tangent)
         if torch.is_grad_enabled():
-            values = call.differentiably(dense)
+            values = call.differentiably({k: dense[k] for k in sorted(given)})
         else:
-            values = call.backward.run(ctx.saved_tensors, dense)
+            values = call.backward.run(saved, dense)
+            mixed = [
+                v
+                for v, reached in zip(values, lowered.reached)
+                if reached & given and not reached <= given
+            ]
+            if _any_nan(mixed):
+                # A zero is not nothing: 0 * inf is NaN.
+                values = call.differentiably({k: dense[k] for k in sorted(given)})
         # No tangent on the way: no gradient, which is not the same as zero.
         results = [v if reached & given else None for v, reached in zip(values, lowered.reached)]
         return (None, *results, *[None] * (len(lowered.wrt) - len(results)))
+
+
+def _any_nan(tensors: list[torch.Tensor]) -> bool:
+    if not tensors:
+        return False
+    return bool(torch.nn.utils.get_total_norm(tensors).isnan())
 
 
 def spend(spent: list[tuple[int, str]], values: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -186,11 +186,13 @@ class ValueGuard:
 
 @dataclasses.dataclass
 class Backward:
-    """The backward half of a joint graph.
+    """The backward half of a joint graph, of results that share some of their history.
 
     Attributes:
         graph: from saved values and tangents to gradients.
         outputs: roots of the forward that get a tangent, in order.
+        positions: where these are among all that get a tangent.
+        once: it frees what it needs, unless told to retain that: eager's does.
         saved: roots of the forward that the backward reads.
         wrt: for each gradient, the index of the lifted tensor it belongs to; then those that
             autograd leads to and has no gradient for.
@@ -204,6 +206,8 @@ class Backward:
 
     graph: torch._C.Graph
     outputs: list[int]
+    positions: list[int]
+    once: bool
     saved: list[int]
     wrt: list[int]
     reached: list[frozenset[int]]
@@ -309,7 +313,7 @@ class Lowered:
     makes_generators: bool
     modes: list[tuple[Callable[[Any], object], Any]]
     uses_storage_offset: bool
-    backward: Backward | None
+    backwards: list[Backward]
 
 
 class _Roots:
@@ -364,7 +368,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     num_exposed = len(roots.values)
     _check_sharing(recorder, lifted, writes)
     end = len(recorder)
-    backward: Backward | None = None
+    backwards: list[Backward] = []
     spent: list[tuple[int, str]] = []
     if sources.differentiable:
         differentiable = sources.differentiable
@@ -375,7 +379,11 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             differentiable, spent = _unspent(recorder, differentiable)
         wrt = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
         if differentiable and wrt:
-            backward = _backward(recording, differentiable, roots, wrt)
+            by_root = {source.root: leaf for source, leaf in differentiable}
+            backwards = [
+                _backward(recording, by_root, positions, roots, wrt)
+                for positions in _components(list(by_root.values()))
+            ]
     lifted = recorder.lifted()
     # A backward may have looked at values of the forward, too.
     precheck, guards = _guards(recorder, state, lifted, roots)
@@ -422,15 +430,20 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         uses_storage_offset=sources.uses_storage_offset
         or recorder.reads_offset
         or strided is not None,
-        backward=backward,
+        backwards=backwards,
     )
 
 
-def lower_derivative(recording: Recording, state: _lift.State, order: int) -> Derivative:
-    """Record `torch.autograd.grad` `order` times after a program, and lower the last gradients.
+def lower_derivative(
+    recording: Recording, state: _lift.State, path: tuple[frozenset[int], ...]
+) -> Derivative:
+    """Record `torch.autograd.grad` after a program, as often as told, and lower the last gradients.
 
     The results, and then the gradients, are differentiated with respect to all that the program
     lifted and to the tangents so far, with tangents of their own.
+
+    Args:
+        path: for each differentiation, which of them.
     """
     recorder = recording.recorder
     roots = _Roots()
@@ -446,8 +459,9 @@ def lower_derivative(recording: Recording, state: _lift.State, order: int) -> De
     leaves = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
     tangents: dict[int, torch.Tensor] = {}
     gradients: dict[int, torch.Tensor] = {}
-    for _ in range(order):
+    for given in path:
         tangents = {}
+        outputs = [outputs[k] for k in sorted(given)]
         for output in outputs:
             index = len(recorder.sources())
             tangents[index] = recorder.add_tangent(output).requires_grad_()
@@ -457,12 +471,12 @@ def lower_derivative(recording: Recording, state: _lift.State, order: int) -> De
         outputs = [g for g in by_value.values() if g.requires_grad]
     roots = _Roots()
     by_leaf = {i: roots.add(recorder.describe(g).value) for i, g in gradients.items()}
-    differentiable = [
-        (FromRoot(root), gradients[i]) for i, root in by_leaf.items() if gradients[i].requires_grad
-    ]
+    by_root = {root: gradients[i] for i, root in by_leaf.items() if gradients[i].requires_grad}
     num_exposed = len(roots.values)
     end = len(recorder)
-    backward = _backward(recording, differentiable, roots, leaves) if differentiable else None
+    backward = None
+    if by_root:
+        backward = _backward(recording, by_root, list(range(len(by_root))), roots, leaves)
     guards = [
         ValueGuard(roots.add(value), expected, is_value, source)
         for value, expected, is_value, source in recorder.guards()
@@ -622,9 +636,64 @@ def _unspent(
     return fresh, spent
 
 
+def _components(outputs: list[torch.Tensor]) -> list[list[int]]:
+    """The positions of the outputs, with those together that share functions of autograd.
+
+    Eager can run the backward of one such group without that of another. What leads to leaves
+    alone, or to what a tensor was before the program, is no function that is shared.
+    """
+    owner: dict[Any, int] = {}  # function -> the first output that leads to it
+    group = list(range(len(outputs)))
+
+    def first(k: int) -> int:
+        while group[k] != k:
+            k = group[k]
+        return k
+
+    for k, output in enumerate(outputs):
+        stack = [output.grad_fn]
+        while stack:
+            function = stack.pop()
+            if function is None or hasattr(function, "variable") or _is_given(function):
+                continue
+            if function in owner:
+                a, b = sorted((first(owner[function]), first(k)))
+                group[b] = a
+            else:
+                owner[function] = k
+                stack.extend(f for f, _k in function.next_functions)
+    found: dict[int, list[int]] = {}
+    for k in range(len(outputs)):
+        found.setdefault(first(k), []).append(k)
+    return list(found.values())
+
+
+def _is_given(function: torch.autograd.graph.Node) -> bool:
+    """Whether it stands for the history that a tensor had before the program."""
+    return function.name().endswith("Given")
+
+
+def _holds_values(outputs: list[torch.Tensor]) -> bool:
+    """Whether a function of autograd keeps tensors for its backward, or may do so."""
+    found: set[Any] = set()
+    stack = [output.grad_fn for output in outputs]
+    while stack:
+        function = stack.pop()
+        if function is None or function in found:
+            continue
+        found.add(function)
+        if isinstance(function, torch.autograd.function.BackwardCFunction) or any(
+            name.startswith("_raw_saved") for name in dir(function)
+        ):
+            return True
+        stack.extend(f for f, _k in function.next_functions)
+    return False
+
+
 def _backward(
     recording: Recording,
-    differentiable: list[tuple[FromRoot, torch.Tensor]],
+    by_root: dict[int, torch.Tensor],
+    positions: list[int],
     roots: _Roots,
     leaves: dict[int, torch.Tensor],
 ) -> Backward:
@@ -632,10 +701,15 @@ def _backward(
 
     The joint graph is cut where PyTorch's autograd cuts it: what the backward reads of the forward
     is what eager saves.
+
+    Args:
+        by_root: all roots that get a tangent.
+        positions: which of them to differentiate.
     """
     recorder = recording.recorder
     begin = len(recorder)
-    outputs = {source.root: leaf for source, leaf in differentiable}
+    every = list(by_root.items())
+    outputs = dict(every[k] for k in positions)
     tangents = [recorder.add_tangent(leaf) for leaf in outputs.values()]
     gradients = _differentiate(recording, list(outputs.values()), leaves, tangents, False)
     paths = _paths(list(outputs.values()))
@@ -670,6 +744,8 @@ def _backward(
     return Backward(
         graph=graph,
         outputs=list(outputs),
+        positions=positions,
+        once=bool(saved) or _holds_values(list(outputs.values())),
         saved=[roots.add(v) for v in saved],
         wrt=wrt + [i for i in leaves if id(leaves[i]) in paths and i not in by_leaf],
         reached=[paths[id(leaves[i])] for i in wrt],

@@ -168,9 +168,7 @@ class Specialization(_C.Variant):
             add = self._add_value_guard if guard.is_value else self._add_size_guard
             add(guard.root, guard.expected)
         lowered.lifted = []
-        self._backward: _gradients.Backward | None = None
-        if lowered.backward is not None:
-            self._backward = _gradients.Backward(lowered.backward, compiler)
+        self._backwards = [_gradients.Backward(b, compiler) for b in lowered.backwards]
         self._set_up_native_finish(lowered)
 
     @functools.cached_property
@@ -239,7 +237,7 @@ class Specialization(_C.Variant):
 
     def _set_up_native_finish(self, lowered: _lower.Lowered) -> None:
         """Let the C++ half write back and put the result together, where both are plain."""
-        further: list[object] = [lowered.backward, lowered.refills, lowered.effects]
+        further: list[object] = [lowered.backwards, lowered.refills, lowered.effects]
         further += [lowered.assigned, lowered.gradients, lowered.required, lowered.spent]
         further += [lowered.modes, lowered.update]
         if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
@@ -305,9 +303,8 @@ class Specialization(_C.Variant):
                     raise _Learned
                 if not checked.complete:
                     raise _Mismatch(None, f"{_operator(recorder)} gives other shapes")
-                if self._backward is not None and not self._backward.check(
-                    recorder, checked.values
-                ):
+                # All of them: what each learns is known at the next capture.
+                if not all([b.check(recorder, checked.values) for b in self._backwards]):
                     raise _Learned
                 for write in lowered.writes:
                     write.bumps += checked.bumps.get(write.storage, 0)
@@ -341,11 +338,11 @@ class Specialization(_C.Variant):
             states: of the generators, as the call found them.
         """
         lowered = self._lowered
-        if self._backward is not None:
+        if self._backwards:
             drawn = list(zip(lowered.generators, states))
             origin = _gradients.Origin(self._derivatives, args, kwargs, tensors, drawn)
             written = self._written(tensors)
-            values = _gradients.attach(self._backward, written, origin, tensors, values)
+            values = _gradients.attach(self._backwards, written, origin, tensors, values)
         values = _gradients.spend(lowered.spent, values)
         take = _Results(containers, tensors, values)
         with torch.no_grad():
@@ -604,7 +601,7 @@ def _capture(
 
 def _weights(flat: _tree.Flat, lowered: _lower.Lowered) -> list[int]:
     """The inputs of a graph that are state which no call of it writes to or differentiates."""
-    if lowered.backward is not None:
+    if lowered.backwards:
         return []
     others = {id(leaf) for leaf in flat.leaves}
     others.update(id(grad) for _leaf, grad in lowered.leaves)

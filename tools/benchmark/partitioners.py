@@ -107,7 +107,8 @@ def captured(case: Case) -> tuple[Halves, list[Tensor], list[Tensor]]:
     torch.autograd.backward(results, [torch.randn_like(r) for r in results])
     (forward, inputs), (backward, given) = graphs
     (variant,) = graph.specializations
-    lowered, cut = variant._lowered, variant._backward.lowered
+    (half,) = variant._backwards
+    lowered, cut = variant._lowered, half.lowered
     roots = [*cut.outputs, *(w.root for w in lowered.writes), *(g.root for g in lowered.guards)]
     own = list(dict.fromkeys(roots))
     outputs = list(dict.fromkeys([*own, *cut.saved]))
