@@ -252,6 +252,13 @@ class ModeTest(unittest.TestCase):
         self.assertIsNotNone(a.weight.grad)
         self.assertIsNone(b.weight.grad)
 
+        def program(x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = a(x)
+            return hidden, b(hidden)
+
+        extract_compiled_graph(program, (torch.randn(2, 3),))(torch.randn(2, 3))[0].sum().backward()
+        self.assertIsNone(b.weight.grad)
+
     def test_grad_mode_of_the_call_decides(self) -> None:
         linear = nn.Linear(3, 3)
         x = torch.randn(2, 3)
@@ -300,6 +307,11 @@ class ModeTest(unittest.TestCase):
         tangent = torch.randn(3, 4, 2).permute(1, 2, 0)
         (gradient,) = torch.autograd.grad(graph(x), x, tangent)
         torch.testing.assert_close(gradient, 2 * x * tangent.sum(0))
+
+        graph = extract_compiled_graph(lambda x: (x * 2).view(3, 2), (x,))
+        tangent = torch.randn(2, 3).t()
+        (gradient,) = torch.autograd.grad(graph(x), x, tangent)
+        torch.testing.assert_close(gradient, 2 * tangent.reshape(2, 3))
 
     def test_random_backward_is_refused(self) -> None:
         def program(x: Tensor) -> Tensor:
