@@ -16,7 +16,6 @@ import torch
 from torch_lazy_ext import _C, _compile, _lift, _lower, _record
 from torch_lazy_ext._errors import UnsupportedError
 
-
 # For each differentiation, the positions of the outputs that had a tangent.
 Path = tuple[frozenset[int], ...]
 

@@ -304,7 +304,8 @@ class Specialization(_C.Variant):
                 if not checked.complete:
                     raise _Mismatch(None, f"{_operator(recorder)} gives other shapes")
                 # All of them: what each learns is known at the next capture.
-                if not all([b.check(recorder, checked.values) for b in self._backwards]):
+                known = [b.check(recorder, checked.values) for b in self._backwards]
+                if not all(known):
                     raise _Learned
                 for write in lowered.writes:
                     write.bumps += checked.bumps.get(write.storage, 0)

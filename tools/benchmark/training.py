@@ -6,8 +6,9 @@
 
 Prints two tables, as they stand in README.md: microseconds for a forward in train mode and the
 backward of its mean square, the median of rounds in which all take turns; and seconds from a module
-to its first gradients, with nothing compiled before. Before anyone is timed, its gradients on fresh arguments are compared with eager's; a
-difference ends the benchmark with an error. Dropout is off, since torch.compile draws other masks.
+to its first gradients, with nothing compiled before. Before anyone is timed, its gradients on fresh
+arguments are compared with eager's; a difference ends the benchmark with an error. Dropout is off,
+since torch.compile draws other masks.
 """
 
 from __future__ import annotations
@@ -67,9 +68,7 @@ CONTESTANTS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Any]] = {
     "eager": lambda model, args: model,
     "compile": lambda model, args: torch.compile(model, isolate_recompiles=True),
     "ours, torchscript": torch_lazy_ext.extract_compiled_graph,
-    "ours, inductor": functools.partial(
-        torch_lazy_ext.extract_compiled_graph, backend="inductor"
-    ),
+    "ours, inductor": functools.partial(torch_lazy_ext.extract_compiled_graph, backend="inductor"),
 }
 
 
