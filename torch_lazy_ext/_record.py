@@ -1116,10 +1116,11 @@ def _release_kept(recording: Recording) -> None:
         if id(tensor) in expected or not _C.is_capture_tensor(tensor):
             continue
         about = recorder.describe(tensor)
-        if sys.getrefcount(tensor) == 2 or not about.captured:  # its own and ours
+        references = sys.getrefcount(tensor) - 2  # its own and ours
+        if not references or not about.captured:
             continue
         if recorder.depends_on_input(about.value):
-            if _references(tensor):
+            if _is_held(tensor, references):
                 stale.append(tensor)
         else:
             value = recorder.materialize(tensor, guard=False).clone()
@@ -1142,17 +1143,20 @@ def _keeps_nested(recorder: _C.Recorder) -> bool:
     nested = recorder.nested_tensors()
     while nested:
         tensor = nested.pop()
-        if _references(tensor):
+        references = sys.getrefcount(tensor) - 2  # its own and ours
+        if _is_held(tensor, references):
             return True
     return False
 
 
-def _references(tensor: torch.Tensor) -> int:
-    """How many references there certainly are in Python, but for one of the caller."""
-    references = sys.getrefcount(tensor) - 3  # the caller's, ours, and that of the call
+def _is_held(tensor: torch.Tensor, references: int) -> bool:
+    """Whether Python certainly holds a tensor that has so many references beside the asker's.
+
+    The asker counts, for a call of this has one more where TorchDynamo evaluates frames.
+    """
     # PyTorch itself may hold a tensor (a view holds its base), and with it the Python object.
     shared: bool = tensor._use_count() > 1  # type: ignore[attr-defined] # not in PyTorch's stub
-    return references - shared
+    return references - shared > 0
 
 
 def _contexts(tensors: list[torch.Tensor]) -> list[Any]:
