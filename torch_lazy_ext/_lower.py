@@ -39,6 +39,8 @@ class FromRoot:
         requires_grad: a leaf that the program made so.
         parameter: it is an `nn.Parameter`.
         inference: whether it is an inference tensor, where the mode of the call does not say so.
+        counted_with: index of the lifted tensor whose version counter it has: it was a view of
+            that one before it was given other memory (`Tensor.set_`, `x.data = ...`).
     """
 
     root: int
@@ -46,6 +48,7 @@ class FromRoot:
     requires_grad: bool = False
     parameter: bool = False
     inference: bool | None = None
+    counted_with: int | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,7 +60,7 @@ class FromNumber:
 
 @dataclasses.dataclass(eq=False)
 class FromView:
-    """A view of a lifted tensor or of an output."""
+    """A view of a lifted tensor or of an output; with no `views`, another object like it."""
 
     base: FromLifted | FromRoot
     views: _C.ViewSequence
@@ -803,10 +806,9 @@ def _write(
     # Without such a mutation, other strides are functionalization's: an out-of-place
     # operator gives a dense tensor in the place of a strided one.
     if id(twin) not in sources.assigned and (about.metadata_mutated or twin.shape != tensor.shape):
-        # A new value begins at the begin of its memory.
-        fresh = about.mutated and base in (-1, index)
-        offset = int(twin.storage_offset()) - (0 if fresh else int(tensor.storage_offset()))
-        meta = (list(twin.shape), list(twin.stride()), offset)
+        viewed = _viewed(recorder, twin, lifted[base if base >= 0 else index][0])
+        offset = int(viewed.storage_offset()) - int(tensor.storage_offset())
+        meta = (list(viewed.shape), list(viewed.stride()), offset)
     differentiable = _has_own_history(twin, recorder.sources()[index])
     if differentiable and (meta is not None or base >= 0):
         raise UnsupportedError(
@@ -833,6 +835,24 @@ def _write(
     if about.version or meta is not None:
         return [Write(index, None, about.version, about.storage, meta)]
     return []
+
+
+def _viewed(recorder: _C.Recorder, twin: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """What eager makes of `base` where the program has changed the shape of the twin in place.
+
+    The twin's own layout would not do: the values that a written tensor has from then on lie
+    elsewhere than it does, or with other strides.
+    """
+    value = recorder.base_value(twin)
+    _operator, outputs, _line = recorder.node_info(value.node)
+    sizes = tuple(outputs[value.index].sizes)
+    if sizes != tuple(base.shape):  # it was made larger
+        base = base.new_empty(0, device="meta").as_strided(
+            sizes, torch.empty(sizes, device="meta").stride(), base.storage_offset()
+        )
+    viewed = recorder.describe(twin).views.apply(base.detach())
+    assert viewed.shape == twin.shape
+    return viewed
 
 
 def _has_own_history(twin: torch.Tensor, source: torch.Tensor | None) -> bool:
@@ -876,10 +896,25 @@ def _check_sharing(
         raise SharedStorage(again)
 
 
+def copied(value: Any) -> Any:
+    """Another object with the same content; `copy.copy` gives a numpy scalar itself."""
+    scalar = type(value).__module__ == "numpy" and not _tree.is_array(value)
+    return value.copy() if scalar and hasattr(value, "copy") else copy.copy(value)
+
+
 def _inference(leaf: torch.Tensor) -> bool | None:
     """Whether a result is an inference tensor; None when all made in the mode of now are alike."""
     made = leaf.is_inference()
     return None if made == torch.is_inference_mode_enabled() else made
+
+
+@dataclasses.dataclass
+class _Base:
+    """An output that other results are views of: those which count their versions together."""
+
+    leaf: torch.Tensor  # one of them
+    source: FromRoot
+    taken: bool = False  # a result is the output itself
 
 
 class _Sources:
@@ -903,6 +938,8 @@ class _Sources:
                 self.assigned[id(tensor)] = value
         self.arrays = recording.arrays
         self.uses_storage_offset = False
+        self._moved = [(tensor, value) for tensor, value, _user in recording.assigned]
+        self._bases: dict[int, list[_Base]] = {}  # root -> the objects that are views of it
         self._sharing: dict[int, int] = {}
         self._objects: set[int] = set()  # roots that are a result already
         everything = [recording.result, list(recording.refilled.values())]
@@ -956,10 +993,13 @@ class _Sources:
         if _tree.parts(value) is not None:
             return self.build(value)
         if _tree.is_array(value):
-            return self._array(value)
-        if isinstance(value, (set, bytearray)) or type(value).__module__ == "numpy":
-            return Copied(copy.copy(value))
-        return Constant(value)
+            source = self._array(value)
+        elif isinstance(value, (set, bytearray)) or type(value).__module__ == "numpy":
+            source = Copied(copied(value))
+        else:
+            return Constant(value)
+        self._known[id(value)] = (value, source)
+        return source
 
     def _generator(self, value: torch.Generator) -> Source:
         generator = self._generators.real(value)
@@ -1012,7 +1052,7 @@ class _Sources:
         """The source of a numpy array: the program may have it from a tensor."""
         shared = self.arrays.of(array)
         if shared is None:
-            return Copied(copy.copy(array))
+            return Copied(copied(array))
         return FromArray(
             self.of(shared.tensor), array.dtype, array.shape, array.strides, shared.offset
         )
@@ -1056,7 +1096,8 @@ class _Sources:
         elif base >= 0 and recorder.describe(lifted[base][1]).metadata_mutated:
             # The views lead from what the tensor was.
             self.uses_storage_offset = True
-            return self._strided(base, leaf, not about.shares_version)
+            viewed = _viewed(recorder, leaf, lifted[base][0])
+            return self._strided(base, viewed, not about.shares_version)
         elif base >= 0 and about.mutated:
             if not len(about.views):
                 return FromLifted(base, alias=True)
@@ -1066,8 +1107,20 @@ class _Sources:
             # Eager's own view of the user's tensor, with eager's gradient.
             return FromView(FromLifted(base), about.views)
         if about.mutated and self._sharing.get(about.storage, 0) > 1 and not differentiable:
-            root = self.roots.add(recorder.base_value(leaf))
-            return FromView(FromRoot(root, inference=_inference(leaf)), about.views)
+            base = self._base(self.roots.add(recorder.base_value(leaf)), leaf)
+            if len(about.views) or base.taken:
+                return FromView(base.source, about.views)
+            base.taken = True
+            return base.source
+        counted_with = None if differentiable else self._counted_with(leaf)
+        if (
+            recorder.is_input(about.value)
+            and base >= 0
+            and about.shares_version
+            and about.storage_changed
+            and not lifted[base][2]
+        ):
+            return FromView(FromLifted(base), about.views)
         root = self.roots.add(about.value)
         # `y.data` is another tensor object over the same value.
         alias = root in self._objects or recorder.is_input(about.value)
@@ -1080,7 +1133,44 @@ class _Sources:
             requires_grad=leaf.requires_grad and leaf.is_leaf and not leaf._is_view(),
             parameter=isinstance(leaf, torch.nn.Parameter),
             inference=None if of_input else _inference(leaf),
+            counted_with=counted_with,
         )
         if differentiable:
             self.differentiable.append((source, leaf))
         return source
+
+    def _base(self, root: int, leaf: torch.Tensor) -> _Base:
+        """The output `root` as what `leaf` is a view of."""
+        bases = self._bases.setdefault(root, [])
+        for base in bases:
+            if _C.share_version_counter(base.leaf, leaf):
+                return base
+        source = FromRoot(
+            root,
+            alias=bool(bases),
+            inference=_inference(leaf),
+            counted_with=self._counted_with(leaf),
+        )
+        bases.append(_Base(leaf, source))
+        return bases[-1]
+
+    def _counted_with(self, leaf: torch.Tensor) -> int | None:
+        """The lifted tensor whose version counter a tensor has, and not its memory."""
+        about = self.recorder.describe(leaf)
+        if id(leaf) in self.lifted or leaf.is_inference():
+            return None
+        owner = leaf
+        for tensor, value in self._moved:
+            if leaf is not tensor and _C.share_version_counter(leaf, value):
+                owner = tensor  # of which it is a view
+        moved = any(owner is tensor for tensor, _value in self._moved)
+        if not (about.storage_changed or moved or leaf._is_view()):
+            return None
+        if not (about.storage_changed or moved):
+            base = leaf._base
+            if base is None or not self.recorder.describe(base).storage_changed:
+                return None
+        for i, (_tensor, twin, constant, _group) in enumerate(self.recorder.lifted()):
+            if not constant and _C.share_version_counter(owner, twin):
+                return None if self.recorder.describe(twin).storage == about.storage else i
+        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import functools
 import threading
 import warnings
@@ -395,7 +394,7 @@ def _native_result(source: _lower.Source, seen: set[int]) -> tuple[Any, ...] | N
         return ("constant", source.value)
     if isinstance(source, _lower.FromRoot):
         plain = not (source.alias or source.requires_grad or source.parameter)
-        plain = plain and source.inference is None
+        plain = plain and source.inference is None and source.counted_with is None
         return ("root", source.root) if plain else None
     if isinstance(source, _lower.FromLifted):
         return None if source.alias else ("lifted", source.index)
@@ -429,7 +428,7 @@ def _write_back(
     for write in writes:
         tensor = tensors[write.index]
         if write.source is not None:
-            _set_memory(tensor, memory[write.index], write.source)
+            tensor.set_(memory[write.index])  # type: ignore[call-overload] # the stub knows storages only
             continue
         if write.meta is not None:
             sizes, strides, moved = write.meta
@@ -462,13 +461,6 @@ def _count_together(
         if tensor._version == version or write.storage not in counted:
             set_versions((tensor,), (tensor._version + write.bumps,))
         counted.add(write.storage)
-
-
-def _set_memory(tensor: torch.Tensor, value: torch.Tensor, source: _lower.Source) -> None:
-    """Tensor.set_: of nothing, no memory is kept."""
-    if value.numel() == 0 and isinstance(source, _lower.FromRoot) and not source.alias:
-        value = value.new_empty(0).as_strided(value.shape, value.stride())
-    tensor.set_(value)  # type: ignore[call-overload] # the stub knows storages only
 
 
 def _in_mode(value: torch.Tensor, inference: bool) -> torch.Tensor:
@@ -542,6 +534,10 @@ class _Results:
     def _tensor(self, source: _lower.Source) -> Any:
         if isinstance(source, _lower.FromRoot):
             value = self.values[source.root]
+            if source.counted_with is not None:
+                counted = torch.ops.aten.alias(self.tensors[source.counted_with])
+                counted.data = value
+                return counted
             if source.parameter:
                 return nn.Parameter(value, source.requires_grad)
             if source.alias or source.requires_grad:
@@ -555,7 +551,8 @@ class _Results:
             tensor = self.tensors[source.index]
             return tensor.data if source.alias else tensor
         if isinstance(source, _lower.FromView):
-            return source.views.apply(self(source.base))
+            base = self(source.base)
+            return source.views.apply(base) if len(source.views) else torch.ops.aten.alias(base)
         if isinstance(source, _lower.FromStrided):
             return self._strided(source)
         if isinstance(source, _lower.FromArray):
@@ -563,7 +560,7 @@ class _Results:
         if isinstance(source, _lower.FromArgument):
             return self.containers[source.position]
         if isinstance(source, _lower.Copied):
-            return copy.copy(source.value)
+            return _lower.copied(source.value)
         assert isinstance(source, _lower.FromConstant)
         if source.index not in self._constants:
             self._constants[source.index] = self.tensors[source.index].clone()

@@ -264,12 +264,8 @@ def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is a numpy array, without a need for numpy."""
-    return (
-        type(value).__module__ == "numpy"
-        and hasattr(value, "__array_interface__")
-        and (hasattr(value, "base"))
-    )
+    """Whether it is a numpy array (and no numpy scalar), without a need for numpy."""
+    return type(value).__module__ == "numpy" and hasattr(value, "ctypes")
 
 
 def same(a: Any, b: Any) -> bool:

@@ -513,6 +513,29 @@ class LayoutTest(unittest.TestCase):
         only(lambda x: torch._foreach_add_([x], 1)),
         inputs=lambda: (randn(2, 4)[:, ::2],),
     )
+    test_comparison_of_other_shape = makefunctiontest(
+        catching(lambda x: x.eq_(torch.ones(3, 3))), lambda: (randn(),), captures=None
+    )
+    test_sum_in_dtype_of_out = makefunctiontest(
+        only(lambda x, y: torch.sum(x, 0, out=y)),
+        lambda: (torch.full((4,), 1.5), torch.zeros((), dtype=torch.int64)),
+    )
+    test_mean_in_dtype_of_out = makefunctiontest(
+        only(lambda x, y: torch.mean(x, 0, out=y)),
+        lambda: (torch.tensor([2048.0, 1, 1]).half(), torch.zeros((), dtype=torch.float64)),
+    )
+    test_product_in_dtype_of_out = makefunctiontest(
+        only(lambda x, y: torch.prod(x, 0, out=y)),
+        lambda: (torch.full((4,), 1.5), torch.zeros((), dtype=torch.int64)),
+    )
+    test_nansum_in_dtype_of_out = makefunctiontest(
+        only(lambda x, y: torch.nansum(x, 0, out=y)),
+        lambda: (torch.tensor([1.0, 1e-12]), torch.zeros((), dtype=torch.float64)),
+    )
+    test_sum_of_integers_in_bool_of_out = makefunctiontest(
+        only(lambda x, y: torch.sum(x, 0, out=y)),
+        lambda: (torch.tensor([1, -1]), torch.zeros((), dtype=torch.bool)),
+    )
     test_dtype_without_kernel_raises = makefunctiontest(
         catching(lambda x: x.cumsum_(0)), lambda: (torch.tensor([True, False, True]),)
     )
@@ -525,6 +548,45 @@ class LayoutTest(unittest.TestCase):
     test_transposed_views_count_versions_together = makefunctiontest(
         only(lambda x, y: (x.transpose_(0, 1), y.transpose_(0, 1))),
         lambda: (lambda x: (x, x[1:]))(randn(2, 3)),
+    )
+    test_shape_in_place_then_written = writing(
+        lambda x: x.t_(), lambda x: x.mul_(2), inputs=lambda: (second_row(1, 6)[:, ::2],)
+    )
+    test_written_in_part_then_shape_in_place = writing(
+        lambda x: x[:, 1:].mul_(2), lambda x: x.t_(), inputs=lambda: (randn(3, 6)[1:, ::2],)
+    )
+    test_view_after_resize = writing(
+        lambda x: x.mul_(2),
+        lambda x: x.resize_(2, 2),
+        lambda x: x[1:],
+        inputs=lambda: (second_row(2, 3),),
+    )
+    test_written_through_a_single_window = writing(
+        lambda x: x.unfold(-1, 2, 1).mul_(2), inputs=lambda: (randn(2, 2),)
+    )
+    test_expanded_assigned_to_another_object_like_it = makefunctiontest(
+        only(lambda x, y: x.__setitem__(..., y)),
+        lambda: (lambda x: (x, x.detach()))(randn(3).expand(2, 3)),
+        poke=False,
+    )
+    test_set_to_empty_part_of_itself = writing(lambda x: x.set_(x[:0]), inputs=tensors((2, 3)))
+    test_views_of_empty_memory_that_was_set = makefunctiontest(
+        lambda x: (lambda y: (x.set_(y), y.view(-1)))(x + 1), tensors((0, 3))
+    )
+    test_view_set_to_its_base_counts_with_it = makefunctiontest(
+        lambda x: (lambda v: v.set_(x))(x.view(-1)), tensors((2, 3))
+    )
+    test_view_set_to_a_result_counts_with_its_base = makefunctiontest(
+        lambda x: (lambda v: (v.set_(x + 1), v[1:]))(x.view(-1)), tensors((2, 3))
+    )
+    test_view_set_to_another_argument_counts_with_its_base = makefunctiontest(
+        lambda x, y: (lambda v: v.set_(y))(x.view(-1)), tensors((2, 3), (4,))
+    )
+    test_data_of_view_counts_with_its_base = makefunctiontest(
+        lambda x: (lambda v: (setattr(v, "data", v * 2), v))(x[0]), tensors((2, 3))
+    )
+    test_view_of_data_of_view_counts_with_its_base = makefunctiontest(
+        lambda x: (lambda v: (setattr(v, "data", v * 2), v[1:]))(x[0]), tensors((2, 3))
     )
     test_data_of_other_shape_then_written = maketest(
         lambda: _TakesData(), lambda: (torch.tensor(3),), poke=False
@@ -568,6 +630,35 @@ class RefusedWriteTest(unittest.TestCase):
 
     def test_sum_into_its_operand(self) -> None:
         self.refused(lambda x: torch.sum(x, 0, out=x), lambda: (torch.tensor(3),), "order")
+
+    def test_sum_of_bools_into_its_operand(self) -> None:
+        self.refused(
+            lambda x: torch.sum(x, 0, out=x), lambda: (torch.ones(2, 1, 3).bool(),), "order"
+        )
+
+    def test_part_of_windows_that_overlap(self) -> None:
+        self.refused(
+            lambda x: x.unfold(-1, 2, 1)[..., 0].mul_(2), lambda: (randn(2, 3),), "one place"
+        )
+
+    def test_part_of_an_expanded_tensor(self) -> None:
+        """The way back through `expand` is a sum of differences, which rounds."""
+        self.refused(lambda x: (x * 3).expand(2, 3)[0].fill_(0.1), lambda: (randn(3),), "one place")
+
+    def test_resize_shows_what_lies_between(self) -> None:
+        self.refused(lambda x: x.resize_(2, 2), lambda: (randn(3, 6)[:, ::2],), "gaps")
+
+    def test_integers_read_what_they_write_at_some_indices(self) -> None:
+        self.refused(
+            lambda x: x.index_put_((torch.tensor([0, 0]),), x.expand_as(x)[0], accumulate=True),
+            lambda: (torch.ones(2, 3).bfloat16().t(),),
+            "order",
+        )
+
+    def test_sum_into_its_operand_with_gaps(self) -> None:
+        self.refused(
+            lambda x: torch.sum(x, 0, out=x), lambda: (torch.ones(2, 1, 6).bool()[..., ::2],), "order"
+        )
 
     def test_foreach_reads_what_it_wrote(self) -> None:
         def program(x):

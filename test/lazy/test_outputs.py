@@ -8,6 +8,7 @@ import enum
 import unittest
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from oracle import Call, makefunctiontest, maketest, tensors
 from torch import Tensor, nn
@@ -130,6 +131,28 @@ class StructureTest(unittest.TestCase):
     )
     test_split_is_a_tuple = makefunctiontest(lambda x: x.exp().split(2), tensors((5, 3)))
     test_unbind_is_a_tuple = makefunctiontest(lambda x: x.exp().unbind(1), tensors((2, 3)))
+
+    test_numpy_scalar_in_two_places = makefunctiontest(
+        lambda x: (lambda k: [k, {"k": k}])(numpy.float32(2)), tensors((2,))
+    )
+    test_numpy_array_in_two_places = makefunctiontest(
+        lambda x: (lambda k: [k, {"k": k}])(numpy.ones(2)), tensors((2,))
+    )
+
+    def test_numpy_scalars_are_fresh(self):
+        import torch_lazy_ext
+
+        x = torch.ones(2)
+        graph = torch_lazy_ext.extract_compiled_graph(lambda x: numpy.float64(2), (x,))
+        self.assertIsNot(graph(x), graph(x))
+
+    def test_set_in_two_places(self):
+        import torch_lazy_ext
+
+        x = torch.ones(2)
+        graph = torch_lazy_ext.extract_compiled_graph(lambda x: [{1, 2}] * 2, (x,))
+        first, second = graph(x)
+        self.assertIs(first, second)
 
     # A container must be a new one on each call, or the caller's changes come back.
     def test_containers_are_fresh(self):
@@ -335,6 +358,9 @@ class AliasTest(unittest.TestCase):
     test_of_intermediate_expand = of_intermediate(lambda y: (y[:, :1].expand(2, 5), y))
     test_of_intermediate_detach = of_intermediate(lambda y: (y.detach(), y))
     test_of_intermediate_data = of_intermediate(lambda y: (y.data, y))
+    test_of_intermediate_data_after_write = of_intermediate(
+        lambda y: (lambda z: (y.add_(1), y, z, y[1:], z[1:])[1:])(y.data)
+    )
     test_of_intermediate_detached_and_mutated = of_intermediate(_detached_and_mutated)
     test_of_intermediate_split = of_intermediate(lambda y: y.split(1))
     test_of_intermediate_unbind_and_base = of_intermediate(lambda y: (*y.unbind(), y))

@@ -15,6 +15,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
+#include <unordered_set>
 
 namespace tle {
 
@@ -182,9 +184,27 @@ at::Tensor value_of_this_run(Recorder& recorder, const at::Tensor& t) {
   return value;
 }
 
-bool is_same_memory(const at::Tensor& a, const at::Tensor& b) {
-  if (!fi::isFunctionalTensor(a) || !fi::isFunctionalTensor(b) || storage_of(a) != storage_of(b)) {
+// The storage that a captured tensor has in eager, if it is that of a lifted tensor.
+const c10::StorageImpl* lifted_storage_of(const Recorder& recorder, const at::Tensor& t) {
+  for (const auto& input : recorder.inputs) {
+    if (storage_of(input.twin) == storage_of(t) && !input.constant &&
+        !fi::unsafeGetFunctionalWrapper(input.twin)->was_storage_changed() &&
+        input.tensor.has_storage()) {
+      return input.tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+    }
+  }
+  return nullptr;
+}
+
+bool is_same_memory(const Recorder& recorder, const at::Tensor& a, const at::Tensor& b) {
+  if (!fi::isFunctionalTensor(a) || !fi::isFunctionalTensor(b)) {
     return false;
+  }
+  if (storage_of(a) != storage_of(b)) {
+    const auto* storage = lifted_storage_of(recorder, a);
+    if (storage == nullptr || storage != lifted_storage_of(recorder, b)) {
+      return false;
+    }
   }
   fi::sync(a);
   fi::sync(b);
@@ -225,7 +245,17 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   if (name == "aten::as_strided_") {
     recorder.reads_offset = true;
   }
-  if (name == "aten::copy_" && is_same_memory(at(0).toTensor(), at(1).toTensor())) {
+  if (name == "aten::resize_" && fi::isFunctionalTensor(at(0).toTensor()) &&
+      !at(0).toTensor().is_contiguous() &&
+      at(0).toTensor().sizes() != at::IntArrayRef(at(1).toIntVector())) {
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " gives another shape to a tensor with gaps, or with dimensions in another order (at ",
+            recorder.describe(recorder.current_source()),
+            "), and so shows memory that is none of its elements: make it contiguous before"));
+  }
+  if (name == "aten::copy_" && is_same_memory(recorder, at(0).toTensor(), at(1).toTensor())) {
     // Eager looks at no element, so they may be one place in memory.
     const at::Tensor self = at(0).toTensor();
     if (!self.is_inference() && !self.requires_grad() && !at(1).toTensor().requires_grad()) {
@@ -234,7 +264,7 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     }
   }
   if (name == "aten::set_" && op.schema().overload_name() == "source_Tensor" &&
-      is_same_memory(at(0).toTensor(), at(1).toTensor()) && !at(0).toTensor().is_inference() &&
+      is_same_memory(recorder, at(0).toTensor(), at(1).toTensor()) && !at(0).toTensor().is_inference() &&
       !at(0).toTensor().requires_grad()) {
     const at::Tensor self = at(0).toTensor();
     self.unsafeGetTensorImpl()->bump_version();
@@ -266,6 +296,24 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     // Dimensions of size 1 may have other strides.
     const auto [_, strides] = at::inferExpandGeometry(self.sizes(), self.strides(), sizes);
     return view.strides() == at::IntArrayRef(strides) && answer(view);
+  }
+  if (name == "aten::unfold" && !at(0).toTensor().requires_grad()) {
+    // Functionalization finds no way back from windows that overlap; a single one overlaps none.
+    const at::Tensor self = at(0).toTensor();
+    const int64_t size = at(2).toInt(), step = at(3).toInt();
+    if (self.dim() == 0 || at(1).toInt() < -self.dim() || at(1).toInt() >= self.dim()) {
+      return false; // not that, or an error
+    }
+    const int64_t dim = at::maybe_wrap_dim(at(1).toInt(), self.dim());
+    if (step <= 0 || size <= step || self.size(dim) < size || self.size(dim) >= size + step) {
+      return false;
+    }
+    std::vector<int64_t> sizes = self.sizes().vec(), strides = self.strides().vec();
+    sizes[dim] = 1;
+    sizes.push_back(size);
+    strides.push_back(strides[dim]);
+    strides[dim] *= step;
+    return answer(at::as_strided(self, sizes, strides));
   }
   if (name == "aten::is_nonzero" && at(0).toTensor().numel() == 1) {
     // What a branch looks at is the answer, not the number.
@@ -383,12 +431,35 @@ bool may_overlap_itself(const at::Tensor& t) {
   return false;
 }
 
+// Whether a tensor is a view of a view of which several elements are one place in memory.
+bool is_part_of_overlap(const at::Tensor& t) {
+  auto* wrapper = fi::unsafeGetFunctionalWrapper(t);
+  const auto& metas = wrapper->view_metas();
+  if (metas.size() < 2) {
+    return false;
+  }
+  const at::Tensor& base = static_cast<at::functionalization::FunctionalStorageImpl*>(
+                               wrapper->unsafe_storage().unsafeGetStorageImpl())
+                               ->base();
+  StandaloneGuard alone;
+  at::Tensor view =
+      at::empty_strided(base.sizes(), base.strides(), base.options().device(at::kMeta));
+  for (size_t i = 0; i + 1 < metas.size(); ++i) {
+    view = metas[i]->forward(view);
+    if (may_overlap_itself(view)) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // A functional tensor that an operator writes to.
 struct Written {
   at::Tensor tensor;
   at::Tensor before; // the value inside
   uint32_t version; // its version counter before
   size_t position; // among all tensors that the operator writes to
+  bool out; // it gets the shape of the result
 };
 
 std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
@@ -398,14 +469,18 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
     return out;
   }
   size_t position = 0;
-  auto add = [&](const at::Tensor& t) {
+  auto add = [&](const at::Tensor& t, bool out_argument) {
     TORCH_CHECK(
         !t.defined() || !may_overlap_itself(t),
         "several elements of the tensor that is written to are one place in memory: clone it "
         "before.");
     if (t.defined() && fi::isFunctionalTensor(t)) {
+      TORCH_CHECK(
+          !is_part_of_overlap(t),
+          "the tensor that is written to is a view of one of which several elements are one place "
+          "in memory: clone that one before.");
       fi::sync(t);
-      out.push_back({t, fi::from_functional_tensor(t), version_of(t), position});
+      out.push_back({t, fi::from_functional_tensor(t), version_of(t), position, out_argument});
     }
     ++position;
   };
@@ -415,8 +490,9 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
       continue;
     }
     const IValue& v = stack[begin + i];
+    const bool out_argument = schema.arguments()[i].kwarg_only();
     if (v.isTensor()) {
-      add(v.toTensor());
+      add(v.toTensor(), out_argument);
     } else if (v.isTensorList()) {
       for (const at::Tensor& t : v.toTensorVector()) {
         // Eager's kernel is a loop, and sees in one round what it wrote in another.
@@ -427,7 +503,7 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
                     out.end(),
                     [&](const Written& w) { return storage_of(w.tensor) == storage_of(t); }),
             "tensors of a list that is written to share memory.");
-        add(t);
+        add(t, out_argument);
       }
     }
   }
@@ -503,6 +579,22 @@ bool is_view_of_custom_operator(const c10::OperatorHandle& op) {
       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
 }
 
+// A reduction computes in the dtype of `out`, where functionalization computes in another one
+// and casts the result.
+void take_dtype_of_out(const c10::OperatorHandle& op, Stack* stack, size_t begin) {
+  static const std::unordered_set<std::string> reductions = {
+      "aten::sum", "aten::nansum", "aten::mean", "aten::prod"};
+  const c10::FunctionSchema& schema = op.schema();
+  if (!schema.is_mutable() || reductions.count(schema.name()) == 0) {
+    return;
+  }
+  const auto dtype = schema.argumentIndexWithName("dtype");
+  const auto out = schema.argumentIndexWithName("out");
+  if (dtype && out && (*stack)[begin + *dtype].isNone()) {
+    (*stack)[begin + *dtype] = (*stack)[begin + *out].toTensor().scalar_type();
+  }
+}
+
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
 
@@ -536,6 +628,7 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
       recorder.eager_raised = true; // the stand-ins are eager tensors
       throw;
     }
+    take_dtype_of_out(op, stack, begin);
   }
   // Through the dispatcher once more, which computes the keys of the twins.
   lifted_arguments = true;
@@ -560,10 +653,18 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     op.callBoxed(stack);
   }
   for (const Written& w : written) {
-    TORCH_CHECK(
-        w.tensor.sizes() == w.before.sizes() ||
-            fi::unsafeGetFunctionalWrapper(w.tensor)->view_metas().empty(),
-        "the result has another shape than the tensor that it is put in, which is a view.");
+    const bool view = !fi::unsafeGetFunctionalWrapper(w.tensor)->view_metas().empty();
+    if (fi::from_functional_tensor(w.tensor).sizes() != w.before.sizes() && (!w.out || view)) {
+      // As it was, for what asks eager for its error.
+      fi::replace_(w.tensor, w.before);
+      fi::commit_update(w.tensor);
+      fi::sync(w.tensor);
+      if (!w.tensor.is_inference()) {
+        c10::VariableVersion counter = w.tensor.unsafeGetTensorImpl()->version_counter();
+        counter.set_version(w.version);
+      }
+      TORCH_CHECK(false, "the result has another shape than the tensor that it is put in.");
+    }
     restore_strides(w);
     if (w.tensor.is_inference()) {
       // Of a custom operator the first run tells.
