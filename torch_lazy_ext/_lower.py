@@ -845,10 +845,10 @@ def _viewed(recorder: _C.Recorder, twin: torch.Tensor, base: torch.Tensor) -> to
     """
     value = recorder.base_value(twin)
     _operator, outputs, _line = recorder.node_info(value.node)
-    sizes = tuple(outputs[value.index].sizes)
-    if sizes != tuple(base.shape):  # it was made larger
+    meta = outputs[value.index]
+    if tuple(meta.sizes) != tuple(base.shape):  # it was made larger, or got a result's shape
         base = base.new_empty(0, device="meta").as_strided(
-            sizes, torch.empty(sizes, device="meta").stride(), base.storage_offset()
+            meta.sizes, meta.strides, base.storage_offset()
         )
     viewed = recorder.describe(twin).views.apply(base.detach())
     assert viewed.shape == twin.shape
@@ -1170,7 +1170,10 @@ class _Sources:
             base = leaf._base
             if base is None or not self.recorder.describe(base).storage_changed:
                 return None
-        for i, (_tensor, twin, constant, _group) in enumerate(self.recorder.lifted()):
-            if not constant and _C.share_version_counter(owner, twin):
-                return None if self.recorder.describe(twin).storage == about.storage else i
+        for i, (_tensor, twin, constant, group) in enumerate(self.recorder.lifted()):
+            # A storage as a whole has no counter of the user's; its members have.
+            if not constant and group != i and _C.share_version_counter(owner, twin):
+                other = self.recorder.describe(twin)
+                own_memory = other.storage == about.storage and not other.storage_changed
+                return None if own_memory else i
         return None

@@ -687,8 +687,18 @@ class CompiledGraph(_C.Caller):
 
     def _extract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture on example arguments; with uninitialized parameters, a later call does."""
+        raised = False
         with contextlib.suppress(_Uninitialized):
-            self._capture(args, kwargs)
+            try:
+                self._capture(args, kwargs)
+            except (ExtractionError, _Uninitialized):
+                raise
+            except Exception:
+                raised = True
+            if raised:
+                # By itself, or since the program relies on an error that only a running kernel
+                # raises (of a dtype that it lacks): once more, with each operator run.
+                self._capture(args, kwargs, verify_layouts=True)
 
     def _capture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False

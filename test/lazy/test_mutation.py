@@ -503,6 +503,9 @@ class LayoutTest(unittest.TestCase):
     test_offset_kept_by_new_shape = writing(
         only(lambda x: torch.rand(2, 3, out=x)), inputs=lambda: (second_row(2, 1, 3),)
     )
+    test_strides_of_result_with_new_shape = writing(
+        only(lambda x, y: torch.sin(y, out=x)), inputs=lambda: (randn(2, 1, 3), randn(2, 2).t())
+    )
     test_strides_kept_after_transpose = writing(
         lambda x: x.transpose_(0, 1),
         only(lambda x: x.scatter_(0, torch.zeros_like(x, dtype=torch.int64), 2)),
@@ -535,6 +538,11 @@ class LayoutTest(unittest.TestCase):
     test_sum_of_integers_in_bool_of_out = makefunctiontest(
         only(lambda x, y: torch.sum(x, 0, out=y)),
         lambda: (torch.tensor([1, -1]), torch.zeros((), dtype=torch.bool)),
+    )
+    test_result_dtype_without_kernel_raises = makefunctiontest(
+        lambda x: catching(lambda x: torch.softmax(x, 0))(x) or 1 / 0,
+        lambda: (torch.ones(2, dtype=torch.complex64),),
+        captures=None,
     )
     test_dtype_without_kernel_raises = makefunctiontest(
         catching(lambda x: x.cumsum_(0)), lambda: (torch.tensor([True, False, True]),)
@@ -582,11 +590,21 @@ class LayoutTest(unittest.TestCase):
     test_view_set_to_another_argument_counts_with_its_base = makefunctiontest(
         lambda x, y: (lambda v: v.set_(y))(x.view(-1)), tensors((2, 3), (4,))
     )
+    test_view_of_what_was_set_to_a_result_counts_with_it = makefunctiontest(
+        lambda x: (lambda y: (x.set_(y), y, x.view(-1))[1:])(x * 2), tensors((4,))
+    )
     test_data_of_view_counts_with_its_base = makefunctiontest(
         lambda x: (lambda v: (setattr(v, "data", v * 2), v))(x[0]), tensors((2, 3))
     )
     test_view_of_data_of_view_counts_with_its_base = makefunctiontest(
         lambda x: (lambda v: (setattr(v, "data", v * 2), v[1:]))(x[0]), tensors((2, 3))
+    )
+    test_data_of_view_counts_with_its_base_that_is_written = makefunctiontest(
+        lambda x, y: (lambda v: (setattr(v, "data", v * 2), x.zero_(), v)[2])(y[:1]),
+        lambda: (lambda x: (x, x.view(-1)))(randn(2, 3)),
+    )
+    test_converted_to_its_own_dtype_after_data = makefunctiontest(
+        lambda x: (setattr(x, "data", x.view(-1)), x.to(x.dtype))[1], tensors((2, 3))
     )
     test_data_of_other_shape_then_written = maketest(
         lambda: _TakesData(), lambda: (torch.tensor(3),), poke=False

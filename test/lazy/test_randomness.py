@@ -95,6 +95,7 @@ REGULARIZERS = {
     "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x[None], 0.5, training=True),
     "native_dropout": lambda x: torch.native_dropout(x, 0.5, True),
     "rrelu": lambda x: F.rrelu(x, training=True),
+    "rrelu_of_transposed": lambda x: F.rrelu(x.reshape(2, -1).t(), training=True),
     "gumbel_softmax": lambda x: F.gumbel_softmax(x),
     "gumbel_softmax_hard": lambda x: F.gumbel_softmax(x, hard=True),
     "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(

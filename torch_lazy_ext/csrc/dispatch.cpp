@@ -255,6 +255,18 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
             recorder.describe(recorder.current_source()),
             "), and so shows memory that is none of its elements: make it contiguous before"));
   }
+  if (name == "aten::rrelu_with_noise" && !at(0).toTensor().is_contiguous()) {
+    // Eager's result is contiguous; that of the operator functionalization takes is not.
+    using Generator = std::optional<at::Generator>;
+    at::Tensor noise = at(1).toTensor();
+    return answer(at::rrelu_with_noise(
+        at(0).toTensor().contiguous(),
+        noise,
+        at(2).toScalar(),
+        at(3).toScalar(),
+        at(4).toBool(),
+        at(5).to<Generator>()));
+  }
   if (name == "aten::copy_" && is_same_memory(recorder, at(0).toTensor(), at(1).toTensor())) {
     // Eager looks at no element, so they may be one place in memory.
     const at::Tensor self = at(0).toTensor();
@@ -881,8 +893,9 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
       }
     }
   });
-  if (!passed.empty() && op.schema().is_mutable()) {
-    // `w.mul_(2)` returns `w`: the tensor that was passed, not its twin.
+  if (!passed.empty() && (op.schema().is_mutable() || !recorder->rebound.empty())) {
+    // `w.mul_(2)` returns `w`: the tensor that was passed, not its twin. So does `w.to(w.dtype)`,
+    // and a twin that came by an assignment to `.data` is known as `w` only.
     map_tensors(stack, begin, stack->size(), [&](const at::Tensor& t) {
       for (const auto& [twin, original] : passed) {
         if (twin == t.unsafeGetTensorImpl()) {
