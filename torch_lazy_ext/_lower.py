@@ -1107,11 +1107,11 @@ class _Sources:
             # Eager's own view of the user's tensor, with eager's gradient.
             return FromView(FromLifted(base), about.views)
         if about.mutated and self._sharing.get(about.storage, 0) > 1 and not differentiable:
-            base = self._base(self.roots.add(recorder.base_value(leaf)), leaf)
-            if len(about.views) or base.taken:
-                return FromView(base.source, about.views)
-            base.taken = True
-            return base.source
+            whole = self._base(self.roots.add(recorder.base_value(leaf)), leaf)
+            if len(about.views) or whole.taken:
+                return FromView(whole.source, about.views)
+            whole.taken = True
+            return whole.source
         counted_with = None if differentiable else self._counted_with(leaf)
         if (
             recorder.is_input(about.value)

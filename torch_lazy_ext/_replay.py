@@ -428,7 +428,7 @@ def _write_back(
     for write in writes:
         tensor = tensors[write.index]
         if write.source is not None:
-            tensor.set_(memory[write.index])  # type: ignore[call-overload] # the stub knows storages only
+            tensor.set_(memory[write.index])
             continue
         if write.meta is not None:
             sizes, strides, moved = write.meta

@@ -675,7 +675,9 @@ class RefusedWriteTest(unittest.TestCase):
 
     def test_sum_into_its_operand_with_gaps(self) -> None:
         self.refused(
-            lambda x: torch.sum(x, 0, out=x), lambda: (torch.ones(2, 1, 6).bool()[..., ::2],), "order"
+            lambda x: torch.sum(x, 0, out=x),
+            lambda: (torch.ones(2, 1, 6).bool()[..., ::2],),
+            "order",
         )
 
     def test_foreach_reads_what_it_wrote(self) -> None:

@@ -259,13 +259,14 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     // Eager's result is contiguous; that of the operator functionalization takes is not.
     using Generator = std::optional<at::Generator>;
     at::Tensor noise = at(1).toTensor();
-    return answer(at::rrelu_with_noise(
-        at(0).toTensor().contiguous(),
-        noise,
-        at(2).toScalar(),
-        at(3).toScalar(),
-        at(4).toBool(),
-        at(5).to<Generator>()));
+    return answer(
+        at::rrelu_with_noise(
+            at(0).toTensor().contiguous(),
+            noise,
+            at(2).toScalar(),
+            at(3).toScalar(),
+            at(4).toBool(),
+            at(5).to<Generator>()));
   }
   if (name == "aten::copy_" && is_same_memory(recorder, at(0).toTensor(), at(1).toTensor())) {
     // Eager looks at no element, so they may be one place in memory.
@@ -276,8 +277,8 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     }
   }
   if (name == "aten::set_" && op.schema().overload_name() == "source_Tensor" &&
-      is_same_memory(recorder, at(0).toTensor(), at(1).toTensor()) && !at(0).toTensor().is_inference() &&
-      !at(0).toTensor().requires_grad()) {
+      is_same_memory(recorder, at(0).toTensor(), at(1).toTensor()) &&
+      !at(0).toTensor().is_inference() && !at(0).toTensor().requires_grad()) {
     const at::Tensor self = at(0).toTensor();
     self.unsafeGetTensorImpl()->bump_version();
     return answer(self);

@@ -337,8 +337,7 @@ void rehearse(Recorder& recorder, const c10::OperatorHandle& op, const Stack& st
       order_matters = order_matters && ran;
       ran = true;
       for (size_t k = 0; (same || in_part) && k < results[0].size(); ++k) {
-        order_matters = order_matters ||
-            results[0][k].sizes() != results[1][k].sizes() ||
+        order_matters = order_matters || results[0][k].sizes() != results[1][k].sizes() ||
             !at::allclose(results[0][k].to(at::kComplexDouble),
                           results[1][k].to(at::kComplexDouble),
                           1e-5,
