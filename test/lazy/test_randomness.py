@@ -3,6 +3,7 @@
 """Random numbers: after torch.manual_seed a replay draws what eager draws, and no more."""
 
 import concurrent.futures
+import itertools
 import random
 import unittest
 import warnings
@@ -124,6 +125,47 @@ for _cls, _table in ((FactoryTest, FACTORIES), (RegularizerTest, REGULARIZERS)):
     for _name, _draw in _table.items():
         setattr(_cls, f"test_{_name}", makefunctiontest(_draw, X))
         setattr(_cls, f"test_{_name}_between_others", makefunctiontest(_between(_draw), X))
+
+
+# Of a tensor of shape (4, 16), or a part of it, that does not lie in memory as a new one would.
+LAYOUTS = {
+    "transposed": lambda x: x.t(),
+    "every_second_column": lambda x: x[:, ::2],
+    "rows_and_columns": lambda x: x[::2, 1:],
+    "one_column": lambda x: x[:, 3],
+    "permuted": lambda x: x.view(4, 4, 4).permute(2, 0, 1),
+}
+FILLS = {
+    "uniform_": lambda x: x.uniform_(),
+    "normal_": lambda x: x.normal_(),
+    "bernoulli_": lambda x: x.bernoulli_(0.4),
+    "random_": lambda x: x.random_(9),
+    "exponential_": lambda x: x.exponential_(),
+    "log_normal_": lambda x: x.log_normal_(),
+    "dropout_": lambda x: F.dropout(x.add_(1), inplace=True),
+    "rand_out": lambda x: torch.rand(x.shape, out=x),
+    "randn_out": lambda x: torch.randn(x.shape, out=x),
+    "randint_out": lambda x: torch.randint(2, 9, x.shape, out=x),
+    "bernoulli_out": lambda x: torch.bernoulli(torch.full(x.shape, 0.5), out=x),
+    "normal_out": lambda x: torch.normal(torch.zeros(x.shape), torch.ones(x.shape), out=x),
+    "normal_size_out": lambda x: torch.normal(0.0, 2.0, x.shape, out=x),
+}
+
+
+class LayoutTest(unittest.TestCase):
+    """Numbers drawn into a tensor that is there go to the places that eager puts them in."""
+
+
+def _fill(layout: Any, fill: Any) -> Any:
+    return lambda x: (fill(layout(x)), x.sum(), torch.rand(2))
+
+
+for (_layout, _view), (_name, _draw) in itertools.product(LAYOUTS.items(), FILLS.items()):
+    setattr(
+        LayoutTest,
+        f"test_{_name}_{_layout}",
+        makefunctiontest(_fill(_view, _draw), tensors((4, 16))),
+    )
 
 
 def _unused(x):

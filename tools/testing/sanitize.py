@@ -4,8 +4,8 @@
     python tools/testing/sanitize.py lazy/test_mutation lazy/test_state
 
 Builds a second copy of the package, instrumented, in `build/sanitized` (once; afterwards only what
-has changed), and runs each file in a process of its own on that copy. The first bad access to memory
-ends a file with AddressSanitizer's report, which names the functions; torch itself is not
+has changed), and runs each file in a process of its own on that copy. The first bad access to
+memory ends a file with AddressSanitizer's report, which names the functions; torch itself is not
 instrumented. Needs GCC's or Clang's sanitizer library (Debian: libasan, part of g++).
 """
 
@@ -86,7 +86,9 @@ def main() -> None:
     for name in options.tests:
         file = ROOT / "test" / f"{name}.py"
         print(f"{name}:", flush=True)
-        if subprocess.run([sys.executable, str(file)], cwd=file.parent, env=environment()).returncode:
+        if subprocess.run(
+            [sys.executable, str(file)], cwd=file.parent, env=environment()
+        ).returncode:
             failed.append(name)
     sys.exit(f"failed under AddressSanitizer: {', '.join(failed)}" if failed else 0)
 

@@ -407,14 +407,23 @@ bool is_fused(const c10::OperatorHandle& op) {
 // does something else.
 bool has_no_functional_variant(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
   const c10::FunctionSchema& schema = op.schema();
-  if (schema.name() == "aten::bernoulli_") {
-    // Its functional variant draws for a contiguous tensor.
-    return !stack[begin].toTensor().is_contiguous();
+  const bool functionalized = op.hasKernelForDispatchKey(DispatchKey::Functionalize);
+  const bool composite = op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
+  if (schema.is_mutable() && op.hasTag(at::Tag::nondeterministic_seeded) &&
+      (functionalized || !composite)) {
+    // Which number goes where depends on how the tensor lies in memory; the functional variant
+    // draws for one that lies otherwise.
+    bool contiguous = true;
+    for (size_t i = 0; i < schema.arguments().size(); ++i) {
+      if (schema.is_mutable({c10::SchemaArgType::input, i}) && stack[begin + i].isTensor()) {
+        contiguous = contiguous && stack[begin + i].toTensor().is_contiguous();
+      }
+    }
+    return !contiguous;
   }
   return is_fused(op) ||
-      (schema.is_mutable() && schema.name().compare(0, 6, "aten::") != 0 &&
-       !op.hasKernelForDispatchKey(DispatchKey::Functionalize) &&
-       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd));
+      (schema.is_mutable() && schema.name().compare(0, 6, "aten::") != 0 && !functionalized &&
+       !composite);
 }
 
 uint32_t version_of(const at::Tensor& t) {

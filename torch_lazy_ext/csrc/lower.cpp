@@ -183,14 +183,27 @@ class Lowering {
   // What the operator writes to, it gets as a copy: one of each value, which may come as
   // several arguments.
   Value* operand(const ValueRef& v) {
-    Value* value = context_.GetOutputOp(node_.operand(next_operand_++));
+    const torch::lazy::Output& output = node_.operand(next_operand_++);
+    Value* value = context_.GetOutputOp(output);
     for (auto& [of, copy] : copies_) {
       if (of == v) {
-        copy = copy == nullptr ? graph_->insert(c10::aten::clone, {value}) : copy;
+        if (copy == nullptr) {
+          copy = strided_copy(value, *static_cast<const GenericNode*>(output.node), output.index);
+        }
         return copy;
       }
     }
     return value;
+  }
+
+  Value* strided_copy(Value* value, const GenericNode& source, size_t index) {
+    const TensorMeta& meta = source.metas[index];
+    if (meta.make_meta_tensor().is_non_overlapping_and_dense()) {
+      return graph_->insert(c10::aten::clone, {value});
+    }
+    // A clone has no gaps.
+    Value* empty = graph_->insert(c10::aten::new_empty_strided, {value, meta.sizes, meta.strides});
+    return graph_->insert(c10::aten::copy_, {empty, value});
   }
 
   Value* number(const ValueRef& v) { return graph_->insert(c10::aten::Float, {operand(v)}); }
