@@ -355,6 +355,8 @@ METADATA = {
     "resize_larger": lambda x, y: _resize(x, 6, 3),
     "resize_smaller": lambda x, y: _resize(x, 2, 2),
     "resize_same": lambda x, y: _resize(x, 4, 3),
+    "resize_transposed_same": lambda x, y: x.t().resize_(x.t().shape).add_(1),
+    "resize_slice_same": lambda x, y: x[:, ::2].resize_(x[:, ::2].shape).add_(1),
     "resize_as_": lambda x, y: x.resize_as_(y[:2]).fill_(3),
     "t_": lambda x, y: (x.t_(), x * 2)[1],
     "t_twice": lambda x, y: (x.t_(), x.t_(), x * 2)[2],

@@ -246,8 +246,10 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     recorder.reads_offset = true;
   }
   if (name == "aten::resize_" && fi::isFunctionalTensor(at(0).toTensor()) &&
-      !at(0).toTensor().is_contiguous() &&
-      at(0).toTensor().sizes() != at::IntArrayRef(at(1).toIntVector())) {
+      !at(0).toTensor().is_contiguous()) {
+    if (at(0).toTensor().sizes() == at::IntArrayRef(at(1).toIntVector()) && at(2).isNone()) {
+      return answer(at(0).toTensor()); // functionalization would give it other strides
+    }
     throw Unsupported(
         c10::str(
             op.schema().operator_name(),
