@@ -2216,7 +2216,7 @@ class AttentionMaskTest(unittest.TestCase):
         NestedEncoder, exact=False, same=("two", "three"), two=padded(4, 4), three=padded(4, 4, 4)
     )
     test_nested_encoder_padded = maketest(
-        NestedEncoder, exact=False, same=("two", "other"), two=padded(4, 2), other=padded(1, 3)
+        NestedEncoder, exact=False, same=("full", "padded"), **PADDED
     )
     test_causal = maketest(
         causal_hint,
