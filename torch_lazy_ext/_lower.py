@@ -280,6 +280,7 @@ class Lowered:
         refills: (position of an argument's container, its new content).
         effects: (owner, key or CONTENT, source or MISSING): changes of state.
         assigned: (lifted index, source): assignments to `tensor.data`.
+        former: sources of memory that a tensor had before the assignment to its `.data`.
         leaves: (lifted index of a leaf, its gradient or None): what the gradient was like.
         gradients: (lifted index of a leaf, source): assignments to `tensor.grad`.
         overwritten: indices of leaves whose gradient the program set without looking at it.
@@ -304,6 +305,7 @@ class Lowered:
     refills: list[tuple[int, Built]]
     effects: list[tuple[Any, Any, Any]]
     assigned: list[tuple[int, Source]]
+    former: list[Source]
     leaves: list[tuple[int, torch.Tensor | None]]
     gradients: list[tuple[int, Source]]
     overwritten: list[int]
@@ -417,6 +419,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         refills=refills,
         effects=effects,
         assigned=assigned,
+        former=sources.former,
         leaves=leaves,
         gradients=gradients,
         overwritten=[
@@ -936,6 +939,7 @@ class _Sources:
             if id(user) in self.lifted:
                 self.lifted[id(tensor)] = self.lifted[id(user)]
                 self.assigned[id(tensor)] = value
+        self.former: list[Source] = []
         self.arrays = recording.arrays
         self.uses_storage_offset = False
         self._moved = [(tensor, value) for tensor, value, _user in recording.assigned]
@@ -1078,6 +1082,18 @@ class _Sources:
 
     def memory_of(self, leaf: torch.Tensor) -> Source:
         """The source of what a tensor holds, also when it is a lifted tensor itself."""
+        source = self._memory_of(leaf)
+        owner = source.base if isinstance(source, FromView) else source
+        relative = isinstance(owner, FromStrided) and owner.relative
+        if (
+            isinstance(owner, (FromLifted, FromStrided))
+            and not relative
+            and any(self.lifted[id_] == owner.index for id_ in self.assigned)
+        ):
+            self.former.append(source)
+        return source
+
+    def _memory_of(self, leaf: torch.Tensor) -> Source:
         recorder = self.recorder
         view = self._view_of_assigned(leaf)
         if view is not None:
@@ -1125,8 +1141,10 @@ class _Sources:
         # `y.data` is another tensor object over the same value.
         alias = root in self._objects or recorder.is_input(about.value)
         of_input = base >= 0 and not lifted[base][2]
-        alias = alias or (base >= 0 and not about.shares_version)
-        self._objects.add(root)
+        if base >= 0 and not about.shares_version:
+            alias = True
+        else:
+            self._objects.add(root)
         source = FromRoot(
             root,
             alias,

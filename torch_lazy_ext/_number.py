@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -68,34 +69,47 @@ class _Node:
         return value
 
 
+_EXACT = 2**53  # up to here, an int and its float are the same number
+
+
 def _operand(value: Any) -> Any:
-    """A number or a float of the other side of an operator; None for anything else."""
-    if isinstance(value, Number):
-        return value
-    return float(value) if isinstance(value, (int, float)) else None
+    """A number or a float of the other side of an operator; None for anything else.
+
+    Subclasses, such as numpy's scalars, have operators of their own.
+    """
+    if type(value) in (int, float, bool):
+        return float(value)
+    return value if type(value) is Number else None
 
 
 def _binary(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    op = getattr(torch.ops.torch_lazy_ext, name)
+    op, by_value = getattr(torch.ops.torch_lazy_ext, name), getattr(operator, name)
 
     def forward(self: Number, other: Any) -> Any:
-        other = _operand(other)
-        return NotImplemented if other is None else self._made(op, self, other)
+        operand = _operand(other)
+        if operand is not None:
+            return self._made(op, self, operand)
+        return NotImplemented if isinstance(other, torch.Tensor) else by_value(float(self), other)
 
     def reflected(self: Number, other: Any) -> Any:
-        other = _operand(other)
-        return NotImplemented if other is None else self._made(op, other, self)
+        operand = _operand(other)
+        if operand is not None:
+            return self._made(op, operand, self)
+        return NotImplemented if isinstance(other, torch.Tensor) else by_value(other, float(self))
 
     return forward, reflected
 
 
 def _comparison(name: str) -> Callable[..., bool]:
-    op = getattr(torch, name)
+    op, by_value = getattr(torch, name), getattr(operator, name)
 
     def compare(self: Number, other: Any) -> Any:
-        operand = _operand(other)
+        inexact = type(other) is int and abs(other) > _EXACT
+        operand = None if inexact else _operand(other)
         if operand is None:
-            return NotImplemented
+            if isinstance(other, torch.Tensor):
+                return NotImplemented
+            return by_value(float(self), other)
         right = operand.node.number if isinstance(operand, Number) else operand
         answers = self.node.answers
         key = (name, right)
@@ -175,6 +189,14 @@ class Number(torch.SymFloat):
     is_integer = _by_value(float.is_integer)
     as_integer_ratio = _by_value(float.as_integer_ratio)
     hex = _by_value(float.hex)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return sys.modules["numpy"].asarray(float(self), dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        # numpy's scalars and arrays compute with it as with a float.
+        known = [float(v) if isinstance(v, Number) else v for v in inputs]
+        return getattr(ufunc, method)(*known, **kwargs)
 
     def __rfloordiv__(self, other: Any) -> Any:
         return other // float(self)

@@ -125,7 +125,9 @@ class Capture:
 
     def read(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         twin = self.recorder.twin_of(tensor)
-        memory = self._standalone(_copy_of_memory, self.recorder.materialize(twin))
+        memory = self._standalone(
+            _copy_of_memory, self.recorder.materialize(twin), twin.is_conj(), twin.is_neg()
+        )
         requires_grad = tensor.requires_grad
         grad_mode = torch.is_grad_enabled()
         result = self._standalone(_read, func, memory, requires_grad, grad_mode, args, kwargs)
@@ -462,10 +464,18 @@ def _read(
         return func(value, *args, **kwargs)
 
 
-def _copy_of_memory(value: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, also where elements are one place in memory."""
-    value = value.detach()
-    if value.numel() == 0 or value.is_conj() or value.is_neg():
+def _copy_of_memory(value: torch.Tensor, conj: bool, neg: bool) -> torch.Tensor:
+    """A copy with the same strides, also where elements are one place in memory.
+
+    Args:
+        conj, neg: whether the copy is to have these bits, as eager's tensor has them.
+    """
+    value = value.detach().resolve_conj().resolve_neg()
+    if conj or neg:
+        # The same value with the bits is a view of the opposite.
+        value = value.conj_physical().conj() if conj else value
+        return torch._neg_view(-value) if neg else value
+    if value.numel() == 0:
         return value.clone()
     return _span(value).clone().as_strided(value.shape, value.stride(), 0)
 

@@ -347,6 +347,8 @@ class Specialization(_C.Variant):
         take = _Results(containers, tensors, values)
         with torch.no_grad():
             _write_back(lowered, self._update, tensors, values, take)
+            for source in lowered.former:
+                take(source)
             new_data = [(index, take(source)) for index, source in lowered.assigned]
             for index, value in new_data:
                 tensors[index].data = value

@@ -285,6 +285,27 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     self.unsafeGetTensorImpl()->bump_version();
     return answer(self);
   }
+  if (name == "aten::view" && op.schema().overload_name() == "dtype") {
+    const at::Tensor& self = at(0).toTensor();
+    if ((self.is_conj() || self.is_neg()) && self.scalar_type() != at(1).toScalarType()) {
+      recorder.eager_raised = true;
+      TORCH_CHECK(
+          false,
+          "torch.Tensor.view is not supported for ",
+          self.is_conj() ? "conjugate view tensors" : "tensors with negative bit set",
+          " when converting to a different dtype.");
+    }
+  }
+  if (name == "aten::set_" &&
+      recorder.input_by_twin.count(at(0).toTensor().unsafeGetTensorImpl()) != 0 &&
+      fi::unsafeGetFunctionalWrapper(at(0).toTensor())->has_data_mutation()) {
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " gives other memory to a tensor whose memory the program wrote to before (at ",
+            recorder.describe(recorder.current_source()),
+            "): write to it after that, or assign to its `.data`"));
+  }
   if (name == "aten::set_" && op.schema().overload_name().empty()) {
     const at::Tensor self = at(0).toTensor();
     return answer(self.set_(at::empty({0}, self.options())));
@@ -298,6 +319,11 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
       return false; // an error
     }
     const size_t fresh = sizes.size() - self.dim();
+    const auto [full, strides] = at::inferExpandGeometry(self.sizes(), self.strides(), sizes);
+    if (c10::multiply_integers(full) == 0 && !self.requires_grad()) {
+      // Of no elements, there is no sum (and of bools no difference).
+      return answer(self.as_strided(full, strides, self.storage_offset()));
+    }
     for (size_t d = 0; d < sizes.size(); ++d) {
       const int64_t before = d < fresh ? 1 : self.size(static_cast<int64_t>(d - fresh));
       if (sizes[d] != before && !(sizes[d] == -1 && d >= fresh)) {
@@ -309,7 +335,6 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
       view = view.unsqueeze(0);
     }
     // Dimensions of size 1 may have other strides.
-    const auto [_, strides] = at::inferExpandGeometry(self.sizes(), self.strides(), sizes);
     return view.strides() == at::IntArrayRef(strides) && answer(view);
   }
   if (name == "aten::unfold" && !at(0).toTensor().requires_grad()) {
@@ -775,8 +800,14 @@ void raise_as_eager(
             message,
             " Keep this part outside of the captured program"));
   };
-  fill(&real, false);
-  fill(&zeros, true);
+  try {
+    fill(&real, false);
+    fill(&zeros, true);
+  } catch (const Unsupported&) {
+    throw;
+  } catch (const c10::Error&) {
+    throw cannot_be_recorded(); // functionalization cannot bring an argument up to date
+  }
   if (!known) {
     return;
   }

@@ -58,13 +58,18 @@ bool share_version_counter(const at::Tensor& a, const at::Tensor& b) {
   return same;
 }
 
-Described describe_tensor(Recorder& r, const at::Tensor& t) {
-  Described d;
+// What the program sees in the place of `t`.
+const at::Tensor& seen_by(Recorder& r, const at::Tensor& t) {
   auto original = r.input_by_impl.find(t.unsafeGetTensorImpl());
   auto rebound = r.rebound.find(t.unsafeGetTensorImpl());
-  const at::Tensor& seen = rebound != r.rebound.end() ? rebound->second.second
-      : original != r.input_by_impl.end()             ? r.inputs[original->second].twin
-                                                      : t;
+  return rebound != r.rebound.end()       ? rebound->second.second
+      : original != r.input_by_impl.end() ? r.inputs[original->second].twin
+                                          : t;
+}
+
+Described describe_tensor(Recorder& r, const at::Tensor& t) {
+  Described d;
+  const at::Tensor& seen = seen_by(r, t);
   if (!fi::isFunctionalTensor(seen)) {
     return d;
   }
@@ -106,7 +111,8 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
 }
 
 // The value of the base of the storage that `t` belongs to, all updates applied.
-ValueRef base_value(Recorder& r, const at::Tensor& t) {
+ValueRef base_value(Recorder& r, const at::Tensor& tensor) {
+  const at::Tensor& t = seen_by(r, tensor);
   Recorder::Resume resume(r);
   fi::sync(t);
   auto* wrapper = fi::unsafeGetFunctionalWrapper(t);

@@ -1327,6 +1327,14 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
       return;
     }
   }
+  if (op.schema().name() == "aten::view" && op.schema().overload_name() == "dtype") {
+    // A write through a conjugate view leaves the bit on the new value of the viewed tensor, which
+    // eager's does not have.
+    IValue& self = (*stack)[stack->size() - count];
+    if (self.toTensor().is_conj() || self.toTensor().is_neg()) {
+      self = at::resolve_neg(at::resolve_conj(self.toTensor()));
+    }
+  }
   OperatorCall call = parse(op, *stack, stack->size() - count);
   note_forced_fallback(call);
   if (GenericNode* before = drawn_again(call)) {

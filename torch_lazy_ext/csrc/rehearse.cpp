@@ -108,12 +108,25 @@ bool overlap(const Operand& a, const Operand& b) {
 // The words of errors about dtypes and about memory; others may be due to the stand-ins' values.
 bool is_about_operands(const std::string& message) {
   for (const char* words :
-       {"be cast", "dtype", "scalar type", "memory location", "not implemented for"}) {
+       {"be cast",
+        "dtype",
+        "scalar type",
+        "memory location",
+        "not implemented for",
+        "match the broadcast shape"}) {
     if (message.find(words) != std::string::npos) {
       return true;
     }
   }
   return false;
+}
+
+// Memory of a numpy array is not.
+bool is_resizable(const Recorder& recorder, const c10::StorageImpl* storage) {
+  return std::all_of(recorder.inputs.begin(), recorder.inputs.end(), [&](const LiftedInput& input) {
+    return storage_of(input.twin) != storage || !input.tensor.defined() ||
+        input.tensor.storage().resizable();
+  });
 }
 
 class SilentWarnings : public c10::WarningHandler {
@@ -159,7 +172,7 @@ Stack stand_ins(
       if (c10::isIntegralType(dtype, /*includeBool=*/true)) {
         // For bool the golden ratio: a pattern with a period would be the same in each row.
         values.copy_(
-            dtype == at::kBool ? counted.mul(0.6180339887).frac().ge(0.5)
+            dtype == at::kBool ? counted.add(1).mul(0.6180339887).frac().ge(0.5)
                                : counted.remainder(61).add(1));
       } else {
         values.copy_(counted.remainder(61).add(1).div(17));
@@ -285,6 +298,15 @@ void rehearse(Recorder& recorder, const c10::OperatorHandle& op, const Stack& st
         auto* wrapper = fi::unsafeGetFunctionalWrapper(o.tensor);
         const bool alone =
             !failed && wrapper->view_metas().empty() && wrapper->unsafe_storage().use_count() == 1;
+        const bool grows = now[k].numel() > o.tensor.numel();
+        if (grows && !is_resizable(recorder, o.storage)) {
+          throw Unsupported(
+              c10::str(
+                  schema.operator_name(),
+                  " gives another shape to a tensor whose memory cannot grow (at ",
+                  recorder.describe(recorder.current_source()),
+                  "): use the result, without out="));
+        }
         if (now[k].sizes() != o.tensor.sizes() && !alone) {
           throw Unsupported(
               c10::str(
