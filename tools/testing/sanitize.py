@@ -77,6 +77,14 @@ def build() -> None:
     )
 
 
+def run(name: str) -> int:
+    """Run one test file on the instrumented copy; its exit status."""
+    file = ROOT / "test" / f"{name}.py"
+    return subprocess.run(
+        [sys.executable, str(file)], cwd=file.parent, env=environment()
+    ).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tests", nargs="*", default=DEFAULT_TESTS, metavar="TEST")
@@ -84,11 +92,8 @@ def main() -> None:
     build()
     failed = []
     for name in options.tests:
-        file = ROOT / "test" / f"{name}.py"
         print(f"{name}:", flush=True)
-        if subprocess.run(
-            [sys.executable, str(file)], cwd=file.parent, env=environment()
-        ).returncode:
+        if run(name):
             failed.append(name)
     sys.exit(f"failed under AddressSanitizer: {', '.join(failed)}" if failed else 0)
 
