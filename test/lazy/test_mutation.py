@@ -396,6 +396,11 @@ class MetadataTest(unittest.TestCase):
     test_resize_by_a_number = makefunctiontest(
         lambda x, n: x.resize_(n).fill_(2), lambda i: (randn(3), i + 2), captures=None
     )
+    test_offset_moved = writing(lambda x, y: x.as_strided_((2, 2), (2, 1), 1).mul_(2))
+    test_offset_of_slice_moved = makefunctiontest(
+        lambda x: x.as_strided_((2, 2), (2, 1), x.storage_offset() + 3),
+        lambda: (randn(10)[2:8].view(2, 3),),
+    )
     test_view_of_data = makefunctiontest(lambda x: x.data[1:], tensors((4, 3)))
     test_view_of_written_data = makefunctiontest(
         lambda x: (lambda d: (d.mul_(2), d[1:])[1])(x.data), tensors((4, 3))
@@ -520,6 +525,17 @@ class LayoutTest(unittest.TestCase):
     )
     test_comparison_of_other_shape = makefunctiontest(
         catching(lambda x: x.eq_(torch.ones(3, 3))), lambda: (randn(),), captures=None
+    )
+    test_batches_added_in_another_order_of_dimensions = makefunctiontest(
+        lambda x, y: x.addbmm_(y.expand(2, 4, 4), y.expand(2, 4, 4)),
+        lambda: (randn(4, 4).t(), randn(4, 4)),
+    )
+    test_softmax_kernel_with_gaps = makefunctiontest(
+        lambda x, y: (
+            torch._softmax(y, 1, False, out=x[:2].t()),
+            torch._log_softmax(y, 0, False, out=x[2:].t()),
+        ),
+        lambda: (randn(4, 8)[:, ::2], randn(4, 2)),
     )
     test_sum_in_dtype_of_out = makefunctiontest(
         only(lambda x, y: torch.sum(x, 0, out=y)),
@@ -667,6 +683,14 @@ class RefusedWriteTest(unittest.TestCase):
 
     def test_resize_shows_what_lies_between(self) -> None:
         self.refused(lambda x: x.resize_(2, 2), lambda: (randn(3, 6)[:, ::2],), "gaps")
+        self.refused(lambda x: x.resize_as_(x[:2]), lambda: (randn(3, 6)[:, ::2],), "gaps")
+
+    def test_resize_gives_another_memory_format(self) -> None:
+        def resize(x: Any) -> Any:
+            return x.resize_(1, 2, 2, 2, memory_format=torch.channels_last)
+
+        self.refused(resize, tensors((2, 4)), "memory format")
+        self.refused(lambda x: resize(x + 1), tensors((2, 4)), "memory format")
 
     def test_integers_read_what_they_write_at_some_indices(self) -> None:
         self.refused(

@@ -245,17 +245,33 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   if (name == "aten::as_strided_") {
     recorder.reads_offset = true;
   }
-  if (name == "aten::resize_" && fi::isFunctionalTensor(at(0).toTensor()) &&
-      !at(0).toTensor().is_contiguous()) {
-    if (at(0).toTensor().sizes() == at::IntArrayRef(at(1).toIntVector()) && at(2).isNone()) {
-      return answer(at(0).toTensor()); // functionalization would give it other strides
+  if ((name == "aten::resize_" || name == "aten::resize_as_") &&
+      fi::isFunctionalTensor(at(0).toTensor())) {
+    const at::Tensor self = at(0).toTensor();
+    const bool as = name == "aten::resize_as_";
+    const std::vector<int64_t> sizes = as ? at(1).toTensor().sizes().vec() : at(1).toIntVector();
+    if (!self.is_contiguous()) {
+      if (self.sizes() == at::IntArrayRef(sizes) && at(2).isNone()) {
+        return answer(self); // functionalization would give it other strides
+      }
+      throw Unsupported(
+          c10::str(
+              op.schema().operator_name(),
+              " gives another shape to a tensor with gaps, or with dimensions in another order "
+              "(at ",
+              recorder.describe(recorder.current_source()),
+              "), and so shows memory that is none of its elements: make it contiguous before"));
     }
-    throw Unsupported(
-        c10::str(
-            op.schema().operator_name(),
-            " gives another shape to a tensor with gaps, or with dimensions in another order (at ",
-            recorder.describe(recorder.current_source()),
-            "), and so shows memory that is none of its elements: make it contiguous before"));
+    if (!as && !at(2).isNone() && at(2).toMemoryFormat() != at::MemoryFormat::Contiguous) {
+      // Functionalization leaves the format out.
+      throw Unsupported(
+          c10::str(
+              op.schema().operator_name(),
+              " gives a tensor another memory format in place (at ",
+              recorder.describe(recorder.current_source()),
+              "), so that each of its elements becomes another one: use "
+              "contiguous(memory_format=...), which makes a copy"));
+    }
   }
   if (name == "aten::rrelu_with_noise" && !at(0).toTensor().is_contiguous()) {
     // Eager's result is contiguous; that of the operator functionalization takes is not.
@@ -436,10 +452,14 @@ bool has_no_functional_variant(const c10::OperatorHandle& op, const Stack& stack
   const c10::FunctionSchema& schema = op.schema();
   const bool functionalized = op.hasKernelForDispatchKey(DispatchKey::Functionalize);
   const bool composite = op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
-  if (schema.is_mutable() && op.hasTag(at::Tag::nondeterministic_seeded) &&
+  // A product rounds by how its matrices lie; these two do not ask how `out` lies.
+  static const std::unordered_set<std::string> by_layout = {
+      "aten::addbmm_", "aten::_softmax", "aten::_log_softmax"};
+  const bool random = op.hasTag(at::Tag::nondeterministic_seeded);
+  if (schema.is_mutable() && (random || by_layout.count(schema.name()) != 0) &&
       (functionalized || !composite)) {
     // Which number goes where depends on how the tensor lies in memory; the functional variant
-    // draws for one that lies otherwise.
+    // has, or draws for, one that lies otherwise.
     bool contiguous = true;
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       if (schema.is_mutable({c10::SchemaArgType::input, i}) && stack[begin + i].isTensor()) {
