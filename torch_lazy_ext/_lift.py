@@ -289,7 +289,7 @@ class State:
 
     def _items(self, owner: Any, name: str) -> Iterator[tuple[Any, str]]:
         if isinstance(owner, dict):
-            items = dict(dict.items(owner))
+            items = _tree.items_of(owner)
             self.containers.append((owner, items))
             for i, key in enumerate(items):
                 # The state of an optimizer has its parameters as keys.
@@ -337,7 +337,7 @@ class State:
 
 
 def _restore_dict(container: dict[Any, Any], before: dict[Any, Any]) -> Iterator[Change]:
-    now = dict(dict.items(container))
+    now = _tree.items_of(container)
     # By identity: parameters are keys of an optimizer's state.
     same_order = all(a is b for a, b in zip(now, before))
     if len(now) == len(before) and same_order and all(now[k] is v for k, v in before.items()):

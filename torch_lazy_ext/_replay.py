@@ -191,6 +191,8 @@ class Specialization(_C.Variant):
         for container, before in state.containers:
             if id(container) not in state.unsized:
                 self._add_size(container, len(before))
+                if isinstance(container, dict) and len(before) > 1:
+                    self._add_order(container, list(before))
 
     def _set_up_lifted(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         """Say how to come by each lifted tensor at a call."""

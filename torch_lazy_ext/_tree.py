@@ -86,8 +86,9 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
     items: list[Any] = []
     keys = extra = None
     if isinstance(value, dict):
-        keys = tuple(dict.keys(value))
-        items = list(dict.values(value))
+        content = items_of(value)
+        keys = tuple(content)
+        items = list(content.values())
         extra = getattr(value, "default_factory", None)
     elif isinstance(value, (tuple, list)):
         items = list(tuple.__iter__(value) if isinstance(value, tuple) else list.__iter__(value))
@@ -99,6 +100,13 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
     attributes = _attributes(value)
     shape = Shape(cls, len(items), keys, tuple(attributes), extra)
     return shape, items + list(attributes.values())
+
+
+def items_of(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The items of a dictionary in its own order, whatever the methods of its class give."""
+    if isinstance(value, collections.OrderedDict):
+        return dict(collections.OrderedDict.items(value))
+    return dict(dict.items(value))
 
 
 def _is_structure(cls: type, value: Any) -> bool:

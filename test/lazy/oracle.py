@@ -24,6 +24,7 @@ filters. The calls must be served by graphs, and by no more of them than expecte
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -168,9 +169,12 @@ def _walk_container(value: Any, path: str, seen: dict[int, str]) -> Iterator[Fou
         anonymous = path.rpartition(".")[2].endswith(("_hooks", "_hooks_with_kwargs"))
         for i, (key, item) in enumerate(value.items()):
             yield from walk(item, f"{path}[{i if anonymous else key!r}]", seen)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, collections.deque)):
         for i, item in enumerate(value):
             yield from walk(item, f"{path}[{i}]", seen)
+    for name in ("maxlen", "default_factory"):
+        if isinstance(value, (collections.deque, collections.defaultdict)):
+            yield from walk(getattr(value, name, None), f"{path}.{name}", seen)
     for name, item in getattr(value, "__dict__", {}).items():
         yield from walk(item, f"{path}.{name}", seen)
     for kind in type(value).__mro__:

@@ -4,9 +4,11 @@
 
 import collections
 import dataclasses
+import types
 import unittest
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from oracle import (
     Call,
@@ -19,7 +21,7 @@ from oracle import (
 )
 from torch import Tensor, nn
 
-from torch_lazy_ext import UnsupportedError
+from torch_lazy_ext import UnsupportedError, extract_compiled_graph
 
 
 class Point(NamedTuple):
@@ -42,6 +44,92 @@ class Holder:
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape)
+
+
+class Corner(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def _array_of(i: int) -> tuple[Any, ...]:
+    """Zeros, the same bytes in every dtype."""
+    return randn(2), numpy.zeros(2, (numpy.float32, numpy.int32)[i % 2])
+
+
+def _raises_by_what_was(a: Tensor, b: Tensor) -> Tensor:
+    a.zero_()
+    if b.sum() > 0:
+        raise ValueError("b is not a any more")
+    return b + 1
+
+
+def _one_memory() -> tuple[Tensor, Tensor]:
+    x = torch.rand(3) + 1
+    return x, x.detach()
+
+
+def _moved(i: int) -> tuple[Any, ...]:
+    argument = collections.OrderedDict(a=randn(2), b=randn(2))
+    argument.move_to_end("ab"[i % 2])
+    return (argument,)
+
+
+class ContainerTest(unittest.TestCase):
+    """What two containers can differ in beside their items."""
+
+    test_type_of_key = makefunctiontest(
+        lambda d: [(repr(key), x + 1) for key, x in d.items()],
+        lambda i: (collections.OrderedDict([((1, True, 1.0)[i % 3], randn(2))]),),
+        captures=3,
+        calls=6,
+    )
+    test_type_of_key_of_dict = makefunctiontest(
+        lambda d: [(repr(key), x + 1) for key, x in d.items()],
+        lambda i: ({(1, True, 1.0)[i % 3]: randn(2)},),
+        captures=3,
+        calls=6,
+    )
+    test_order_of_keys = makefunctiontest(
+        lambda d: [(key, x + 1) for key, x in d.items()], _moved, captures=2, calls=4
+    )
+    test_names_of_attributes = makefunctiontest(
+        lambda o: {name: x * 2 for name, x in vars(o).items()},
+        lambda i: (types.SimpleNamespace(**{"ab"[i % 2]: randn(2)}),),
+        captures=2,
+        calls=4,
+    )
+    test_maxlen = makefunctiontest(
+        lambda d: (d.maxlen, d[0] + 1),
+        lambda i: (collections.deque([randn(2)], maxlen=i % 2 + 2),),
+        captures=2,
+        calls=4,
+    )
+    test_default_factory = makefunctiontest(
+        lambda d: (d.default_factory(), d["x"] + 1),
+        lambda i: (collections.defaultdict((list, dict)[i % 2], x=randn(2)),),
+        captures=2,
+        calls=4,
+    )
+    test_class_of_namedtuple = makefunctiontest(
+        lambda p: (type(p).__name__, p.x - p.y),
+        lambda i: ((Point, Corner)[i % 2](randn(2), randn(2)),),
+        captures=2,
+        calls=4,
+    )
+    test_dtype_of_array = makefunctiontest(
+        lambda x, a: (x + 1, str(a.dtype)), _array_of, captures=2, calls=4
+    )
+
+    def test_array_changed_in_place(self) -> None:
+        x, array = randn(2), numpy.ones(2, numpy.float32)
+        graph = extract_compiled_graph(lambda x, a: x * float(a[0]), (x, array))
+        for i in range(3):
+            array[0] = i
+            self.assertEqual(graph(x, array).tolist(), (x * i).tolist())
+
+    test_raises_by_what_was_written = makefunctiontest(
+        _raises_by_what_was, _one_memory, captures=None
+    )
 
 
 class PassingTest(unittest.TestCase):

@@ -71,6 +71,12 @@ def of_structure(make: Any) -> Any:
     return makefunctiontest(lambda x: make(x + 1, x * 2), tensors((2, 3)))
 
 
+def _moved(a, b):
+    result = collections.OrderedDict(a=a, b=b)
+    result.move_to_end("a")
+    return result
+
+
 class StructureTest(unittest.TestCase):
     test_structure_tensor = of_structure(lambda a, b: a)
     test_structure_tuple = of_structure(lambda a, b: (a, b))
@@ -83,10 +89,13 @@ class StructureTest(unittest.TestCase):
     test_structure_ordered_dict = of_structure(
         lambda a, b: collections.OrderedDict([("z", a), ("a", b)])
     )
+    test_structure_ordered_dict_moved = of_structure(_moved)
     test_structure_default_dict = of_structure(
         lambda a, b: collections.defaultdict(list, {"k": [a, b]})
     )
     test_structure_deque = of_structure(lambda a, b: collections.deque([a, b], maxlen=3))
+    test_structure_list_in_two_places = of_structure(lambda a, b: [[a, b]] * 2)
+    test_structure_deque_in_two_places = of_structure(lambda a, b: [collections.deque([a])] * 2)
     test_structure_namedtuple = of_structure(lambda a, b: Pair(a, [b, None]))
     test_structure_nested = of_structure(lambda a, b: {"x": [(a, {"y": b}), None], "n": 1})
     test_structure_dataclass = of_structure(lambda a, b: Record(a, "n", 3))
@@ -259,6 +268,11 @@ def _regenerated_strides(y):
     return y
 
 
+def _overlapping_complex():
+    memory = torch.randn(4, dtype=torch.complex64)
+    return memory[:2], memory[1:3]
+
+
 VIEWS = {
     "view": lambda x: x.view(-1),
     "reshape": lambda x: x.reshape(3, 2),
@@ -384,6 +398,18 @@ class AliasTest(unittest.TestCase):
     )
     test_of_intermediate_conj_alone = of_intermediate(lambda y: torch.complex(y, y * 2).conj())
     test_of_intermediate_neg_view = of_intermediate(lambda y: torch.complex(y, y * 2).conj().imag)
+    test_result_made_to_require_grad = makefunctiontest(
+        lambda x: ((x + 1).requires_grad_(), x * 2), tensors((2, 3))
+    )
+    test_detached_result_made_to_require_grad = makefunctiontest(
+        lambda x: (x + 1).detach().requires_grad_(), tensors((2, 3)), grad=True
+    )
+    test_conj_of_shared_memory = makefunctiontest(
+        lambda x, y: (x.mul_(2), y.conj(), y.conj().imag)[1:], lambda: _overlapping_complex()
+    )
+    test_conj_of_transposed = makefunctiontest(
+        lambda x: (lambda y: (x.t_(), y)[1])(x.conj()), tensors((2, 3), dtype=torch.complex64)
+    )
     test_conj_of_argument = makefunctiontest(
         lambda x: (x.conj(), x), tensors((2, 3), dtype=torch.complex64)
     )

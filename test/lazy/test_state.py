@@ -2,7 +2,9 @@
 
 """State that a program keeps: replays read what is there now, and leave what eager leaves."""
 
+import collections
 import copy
+import functools
 import types
 import unittest
 from typing import Any
@@ -166,7 +168,8 @@ class OutsideChangeTest(unittest.TestCase):
     test_swapped_data = changed(_swap_storage)
     test_parameter_replaced = changed(_new_parameter)
     test_buffer_replaced = changed(_new_buffer)
-    test_deleted_and_registered_again = changed(_delete_and_set)
+    # Once more for the other order of parameters, which the program could see.
+    test_deleted_and_registered_again = changed(_delete_and_set, captures=2)
     test_child_replaced = changed(_new_child, captures=None)
     test_child_of_other_type = changed(_child_of_other_type, captures=None)
     test_shape_of_attribute = changed(_shape, captures=3)
@@ -472,6 +475,27 @@ def _attribute_deleted(m, x):
     return x + 1
 
 
+def _key_moved(m, x):
+    m.table.setdefault("a", 1)
+    m.table.setdefault("b", 2)
+    first = next(iter(m.table))
+    m.table[first] = m.table.pop(first)
+    return list(m.table), x * 2
+
+
+def _ordered_table(m, i):
+    if i == 1:
+        m.table = collections.OrderedDict(a=1, b=2, c=3)
+    m.table.move_to_end(("a", "b", "c")[i % 3])
+
+
+def _key_of_ordered_dict_moved(m, x):
+    before = list(m.table)
+    if before:
+        m.table.move_to_end("b")
+    return before, x * 2
+
+
 def _weight_in_place(m, x):
     with torch.no_grad():
         m.weight.add_(1)
@@ -554,6 +578,15 @@ class InsideChangeTest(unittest.TestCase):
     test_list_of_numbers_appended = stepping(_list_of_numbers_appended, captures=None)
     test_dict_filled = stepping(_dict_filled, captures=None)
     test_dict_used_as_cache = stepping(_dict_used_as_cache, captures=2)
+    test_key_moved_between_calls = stepping(
+        lambda m, x: (list(m.table), x * 2),
+        captures=4,
+        between=lambda m, i: m.table.update({"ab"[i % 2]: m.table.pop("ab"[i % 2], 0)}),
+    )
+    test_key_of_ordered_dict_moved = stepping(
+        _key_of_ordered_dict_moved, captures=None, between=_ordered_table
+    )
+    test_key_moved = stepping(_key_moved, captures=None)
     test_attribute_deleted = stepping(_attribute_deleted, captures=3)
     test_weight_in_place = stepping(_weight_in_place)
     test_weight_data = stepping(_weight_data)
@@ -663,6 +696,64 @@ def _default_argument():
     return program
 
 
+def _keyword_default():
+    weight = randn(3)
+
+    def program(x, *, w=weight, options={"k": 2}):  # noqa: B006
+        return x * w * options["k"]
+
+    return program
+
+
+def _partial():
+    return functools.partial(lambda numbers, x, by: x * numbers[0] + by[0], [2.0], by=[1.0])
+
+
+NESTED_SOURCE = """
+def program(x):
+    def inner(y):
+        return y * factor
+    return inner(x) + (lambda: shift)()
+"""
+FRESH_SOURCE = """
+def program(x):
+    global fresh
+    fresh = x.sum(0)
+    return x * 2
+"""
+
+
+def _with_source(source, **names):
+    exec(source, names)
+    return names["program"]
+
+
+class Slotted:
+    """Holds state in slots."""
+
+    __slots__ = ("factor", "weight")
+
+    def __init__(self) -> None:
+        self.weight = randn(3)
+        self.factor = 2.0
+
+    def __call__(self, x):
+        return x * self.weight * self.factor
+
+
+class ByGlobal:
+    """Reads a global in a method that another one calls."""
+
+    def __call__(self, x):
+        return self.scaled(x) + 1
+
+    def scaled(self, x):
+        return x * GLOBAL_FACTOR[0]
+
+
+GLOBAL_FACTOR = [2.0]
+
+
 class Attribute:
     """Holds state as many programs do: in an object that is no module."""
 
@@ -715,6 +806,53 @@ class FunctionStateTest(unittest.TestCase):
         between=lambda f, i: f.__globals__.update(factor=i),
     )
     test_default_argument = maketest(_default_argument, tensors((2, 3)), calls=5)
+    test_keyword_default_replaced = maketest(
+        _keyword_default,
+        tensors((2, 3)),
+        between=lambda f, i: f.__kwdefaults__.update(w=randn(3)),
+    )
+    test_keyword_default_changed = maketest(
+        _keyword_default,
+        tensors((2, 3)),
+        captures=4,
+        between=lambda f, i: f.__kwdefaults__["options"].update(k=i + 2),
+    )
+    test_partial_changed = maketest(
+        _partial,
+        tensors((2, 3)),
+        captures=4,
+        between=lambda f, i: f.args[0].__setitem__(0, float(i)),
+    )
+    test_partial_keyword_changed = maketest(
+        _partial,
+        tensors((2, 3)),
+        captures=4,
+        between=lambda f, i: f.keywords["by"].__setitem__(0, float(i + 2)),
+    )
+    test_global_of_inner_functions = maketest(
+        lambda: _with_source(NESTED_SOURCE, factor=2.0, shift=1.0),
+        tensors((2, 3)),
+        captures=4,
+        between=lambda f, i: f.__globals__.update({("factor", "shift")[i % 2]: float(i)}),
+    )
+    test_global_made_by_the_program = maketest(
+        lambda: _with_source(FRESH_SOURCE), tensors((2, 3)), captures=2
+    )
+    test_slots_replaced = maketest(
+        Slotted, tensors((2, 3)), between=lambda m, i: setattr(m, "weight", randn(3))
+    )
+    test_slots_changed = maketest(
+        Slotted,
+        tensors((2, 3)),
+        captures=4,
+        between=lambda m, i: setattr(m, "factor", float(i)),
+    )
+    test_global_of_methods = maketest(
+        ByGlobal,
+        tensors((2, 3)),
+        captures=4,
+        between=lambda m, i: GLOBAL_FACTOR.__setitem__(0, float(i)),
+    )
     test_bound_method_of_module = maketest(lambda: Linear().forward, tensors((2, 3)), exact=False)
     test_callable_object = maketest(
         Attribute, tensors((2, 3)), exact=False, between=lambda a, i: a.weight.add_(1)

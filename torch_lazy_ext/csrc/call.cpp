@@ -102,6 +102,11 @@ void Variant::add_size(const py::object& container, Py_ssize_t size) {
   state_.size(container, size, k);
 }
 
+void Variant::add_order(const py::object& dict, const py::list& keys) {
+  Keep k = keep();
+  state_.order(dict, keys, k);
+}
+
 void Variant::add_tied(const py::object& slot, const py::object& other) {
   Keep k = keep();
   const int64_t handle = state_.handle(slot, k);
@@ -678,6 +683,7 @@ void bind_call(py::module_& m) {
       .def("_set_surroundings", &Variant::set_surroundings)
       .def("_add_value", &Variant::add_value)
       .def("_add_size", &Variant::add_size)
+      .def("_add_order", &Variant::add_order)
       .def("_add_tied", &Variant::add_tied)
       .def("_lift_argument", &Variant::lift_argument)
       .def("_lift_slot", &Variant::lift_slot)

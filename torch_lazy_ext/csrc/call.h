@@ -88,6 +88,7 @@ class Variant {
   void set_surroundings(const Surroundings& surroundings, const py::object& default_device);
   void add_value(const py::object& slot, const py::object& expected);
   void add_size(const py::object& container, Py_ssize_t size);
+  void add_order(const py::object& dict, const py::list& keys);
   void add_tied(const py::object& slot, const py::object& other);
   void lift_argument(int64_t leaf);
   void lift_slot(const py::object& slot, const py::object& tensor, bool with_offset);

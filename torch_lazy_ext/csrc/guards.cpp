@@ -363,6 +363,20 @@ void StateGuard::size(const py::object& container, Py_ssize_t size, Keep& keep) 
   }
 }
 
+void StateGuard::order(const py::object& dict, const py::list& keys, Keep& keep) {
+  keep.append(keys);
+  std::vector<PyObject*> order;
+  for (const py::handle& key : keys) {
+    order.push_back(key.ptr());
+  }
+  if (PyODict_Check(dict.ptr())) {
+    keep.append(dict);
+    orders_.emplace_back(dict.ptr(), std::move(order));
+  } else {
+    watch(dict.ptr(), keep).keys = std::move(order);
+  }
+}
+
 int64_t StateGuard::handle(const py::object& slot, Keep& keep) {
   const auto handle = static_cast<int64_t>(current_.size());
   current_.push_back(nullptr);
@@ -383,6 +397,42 @@ bool StateGuard::check_entry(const Entry& entry, PyObject* now) {
   }
   called_python_ = true;
   return same(now, entry.expected);
+}
+
+bool StateGuard::is_key(PyObject* key, PyObject* expected) {
+  if (key == expected) {
+    return true;
+  }
+  if (!is_simple(expected)) {
+    return false;
+  }
+  called_python_ = true;
+  return same(key, expected);
+}
+
+bool StateGuard::has_order(const Dict& dict) {
+  PyObject* key = nullptr;
+  Py_ssize_t position = 0;
+  for (PyObject* expected : dict.keys) {
+    if (PyDict_Next(dict.dict, &position, &key, nullptr) == 0 || !is_key(key, expected)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool StateGuard::has_order(PyObject* ordered_dict, const std::vector<PyObject*>& keys) {
+  // Not the iterator of a subclass.
+  const auto iterator = py::reinterpret_steal<py::object>(PyODict_Type.tp_iter(ordered_dict));
+  throw_if(iterator.ptr() == nullptr);
+  for (PyObject* expected : keys) {
+    const auto key = py::reinterpret_steal<py::object>(PyIter_Next(iterator.ptr()));
+    throw_if(PyErr_Occurred() != nullptr);
+    if (key.ptr() == nullptr || !is_key(key.ptr(), expected)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 PyObject* StateGuard::read(const Loose& loose) {
@@ -415,6 +465,11 @@ bool StateGuard::check() {
       return false;
     }
   }
+  for (const auto& [dict, keys] : orders_) {
+    if (!has_order(dict, keys)) {
+      return false;
+    }
+  }
   for (const Loose& l : loose_) {
     if (!check_entry(l.entry, read(l))) {
       return false;
@@ -426,7 +481,7 @@ bool StateGuard::check() {
     }
     const Dict& d = dicts_[i];
     const uint64_t version = version_of(d.dict);
-    if (d.size >= 0 && PyDict_GET_SIZE(d.dict) != d.size) {
+    if ((d.size >= 0 && PyDict_GET_SIZE(d.dict) != d.size) || !has_order(d)) {
       return false;
     }
     for (const Entry& e : d.entries) {

@@ -104,6 +104,8 @@ class StateGuard {
   void value(const py::object& slot, const py::object& expected, Keep& keep);
   // A dict, list or deque has this many items.
   void size(const py::object& container, Py_ssize_t size, Keep& keep);
+  // A dict has its keys in this order.
+  void order(const py::object& dict, const py::list& keys, Keep& keep);
   // The slot may hold anything: `current(handle)` after a `check` that held.
   int64_t handle(const py::object& slot, Keep& keep);
   bool check();
@@ -118,6 +120,7 @@ class StateGuard {
   struct Dict {
     PyObject* dict;
     Py_ssize_t size = -1;
+    std::vector<PyObject*> keys; // in their order, where that is guarded
     std::vector<Entry> entries;
   };
   struct Loose { // a slot in anything else
@@ -131,6 +134,9 @@ class StateGuard {
   Dict& watch(PyObject* dict, Keep& keep);
   bool check_entry(const Entry& entry, PyObject* now);
   PyObject* read(const Loose& loose);
+  bool is_key(PyObject* key, PyObject* expected);
+  bool has_order(const Dict& dict);
+  bool has_order(PyObject* ordered_dict, const std::vector<PyObject*>& keys);
   bool read_handles_again();
 
   std::vector<Dict> dicts_;
@@ -139,6 +145,8 @@ class StateGuard {
   std::unordered_map<PyObject*, size_t> dict_index_;
   std::vector<Loose> loose_;
   std::vector<std::pair<PyObject*, Py_ssize_t>> sizes_;
+  // OrderedDicts, whose own order is none of the dictionary's below them.
+  std::vector<std::pair<PyObject*, std::vector<PyObject*>>> orders_;
   std::vector<PyObject*> current_;
   std::vector<py::object> held_; // what a slot's own code made for this check
   bool called_python_ = false;
