@@ -2,12 +2,22 @@
 
 """What the READMEs show as output is what their programs print."""
 
+import functools
+import keyword
+import random
 import re
 import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
+
+import torch
+import torch.distributed.fsdp
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torch_lazy_ext import extract_compiled_graph
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "--- end of a block ---"
@@ -67,6 +77,155 @@ class ReadmeTest(unittest.TestCase):
 
     def test_project(self):
         self.check(ROOT / "README.md")
+
+
+def second_backward(x):
+    weight = torch.ones(3, 3, requires_grad=True)
+
+    def program(x):
+        shared = x * 2 + weight + 1
+        return shared.exp().sum(), shared.sin().sum()
+
+    first, second = extract_compiled_graph(program, (x,))(x)
+    first.backward()
+    second.backward()
+
+
+class Counting(nn.Linear):
+    def forward(self, x):
+        self.calls = x.sum()
+        return super().forward(x).pow(2).sum()
+
+
+class Normed(nn.BatchNorm1d):
+    def forward(self, x):
+        self.running_var.mul_(2)
+        return (x * self.running_var * self.weight).pow(2).sum()
+
+
+def second_derivative(module, x):
+    loss = extract_compiled_graph(module, (x,))(x)
+    gradients = torch.autograd.grad(
+        loss, list(module.parameters()), create_graph=True, allow_unused=True
+    )
+    sum(g.sum() for g in gradients if g is not None).backward()
+
+
+def shrunk_data(x):
+    x.data = x.data[:2]
+
+
+def module_attribute(x):
+    keyword.kept = torch.tril(x)
+    return x + 1
+
+
+@functools.lru_cache
+def masked(x):
+    return torch.tril(x)
+
+
+class Masked(torch.Tensor):
+    pass
+
+
+def step_of_lbfgs(x):
+    weight = nn.Parameter(x.clone())
+    optimizer = torch.optim.LBFGS([weight])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.pow(2).sum()
+        loss.backward()
+        return loss
+
+    extract_compiled_graph(lambda: optimizer.step(closure), ())
+
+
+def sharded(x):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    module = torch.distributed.fsdp.fully_shard(nn.Linear(3, 3), mesh=mesh)
+    extract_compiled_graph(module, (x,))
+
+
+def data_parallel_forward(x):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    extract_compiled_graph(nn.parallel.DistributedDataParallel(module), (x,))
+
+
+def captured(program):
+    return lambda x: extract_compiled_graph(program, (x,))
+
+
+# One for each thing that the table says one may do.
+LIMITS = {
+    "sparse": captured(lambda x: x.to_sparse()),
+    "nested argument": lambda x: captured(lambda y: y + 1)(torch.nested.nested_tensor([x, x[:2]])),
+    "subclass": lambda x: captured(lambda y: y + 1)(x.as_subclass(Masked)),
+    "data_ptr": captured(lambda x: x.data_ptr()),
+    "data of another shape": lambda x: captured(lambda y: shrunk_data(x))(x + 1),
+    "out= of an operand": captured(lambda x: torch.mm(x, x, out=x)),
+    "make_fx": captured(lambda x: make_fx(lambda y: y * 2)(x)(x)),
+    "random": captured(lambda x: x * random.random()),
+    "seed": captured(lambda x: x * torch.seed()),
+    "lru_cache": captured(lambda x: x + masked(x)),
+    "attribute of a Python module": captured(module_attribute),
+    "two backwards": second_backward,
+    "second derivative, attribute": lambda x: second_derivative(Counting(3, 3), x),
+    "second derivative, buffer": lambda x: second_derivative(Normed(3), x),
+    "LBFGS": step_of_lbfgs,
+    "fully_shard": sharded,
+    "DistributedDataParallel": data_parallel_forward,
+}
+
+
+class LimitsTest(unittest.TestCase):
+    """The table of known limits: each error is what the README quotes, word for word."""
+
+    def test_limits(self):
+        text = (ROOT / "README.md").read_text()
+        table = text.partition("## Known limits")[2].partition("\n\nA call that")[0]
+        rows = table.partition("| --- | --- |\n")[2].strip().splitlines()
+        self.assertLessEqual(len(rows), 5)
+        quotes = {unplaced(q) for row in rows for q in re.findall(r'"([^"]+)"', row)}
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        self.addCleanup(torch.distributed.destroy_process_group)
+        met = set()
+        for name, attempt in LIMITS.items():
+            with self.subTest(name):
+                with self.assertRaises(RuntimeError) as raised:
+                    attempt(torch.rand(3, 3))
+                message = unplaced(str(raised.exception))
+                met |= {q for q in quotes if is_quote(q, message)}
+                self.assertTrue(any(is_quote(q, message) for q in quotes), message)
+        self.assertEqual(met, quotes)
+
+    def test_padding_mask_is_none(self):
+        """The nested tensors that the table takes out."""
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2).eval()
+        mask = torch.tensor([[False, False, True], [False, True, True]])
+        x = torch.randn(2, 3, 8)
+        with torch.no_grad():
+            graph = extract_compiled_graph(encoder, (x,), {"src_key_padding_mask": mask})
+            actual = graph(x, src_key_padding_mask=mask)
+            torch.testing.assert_close(actual, encoder(x, src_key_padding_mask=mask))
+
+
+def unplaced(message: str) -> str:
+    """`message` without the place in a program."""
+    return re.sub(r"\(at [^)]*\)", "(at PLACE)", message)
+
+
+def is_quote(quote: str, message: str) -> bool:
+    """Whether a quote is the message; what ends in dots, or is PyTorch's own, is its begin."""
+    if quote.endswith("..."):
+        return message.startswith(quote.removesuffix("..."))
+    return message == quote or (quote in SHORTENED and message.startswith(quote))
+
+
+SHORTENED = {"Trying to backward through the graph a second time"}
 
 
 if __name__ == "__main__":
