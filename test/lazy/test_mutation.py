@@ -5,6 +5,7 @@
 import unittest
 from typing import Any
 
+import numpy
 import torch
 from oracle import (
     Call,
@@ -712,6 +713,13 @@ class RefusedWriteTest(unittest.TestCase):
             torch._foreach_mul_([y, x], [y, y])
 
         self.refused(program, lambda: (torch.tensor([2, 3]),), "order")
+
+    def test_memory_of_an_array_that_is_passed(self) -> None:
+        self.refused(
+            lambda x, a: torch.from_numpy(a).add_(x),
+            lambda: (randn(3), numpy.zeros(3, numpy.float32)),
+            "numpy array",
+        )
 
     def test_memory_of_array_in_the_middle(self) -> None:
         def inputs():
