@@ -43,6 +43,28 @@ def _(x):
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("torch_lazy_ext_test_hygiene::slow", mutates_args=())
+def slow(x: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.05)  # other threads come in
+    return x * 2
+
+
+@slow.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+# Before the first extraction.
+METHODS = [
+    (owner, dict(vars(owner)))
+    for owner in (
+        torch, torch.Tensor, torch.random, torch.func, torch.autograd, torch.optim.LBFGS,
+        torch.autograd.Function, nn.Module, torch.optim.Optimizer, torch.distributed,
+        nn.parallel.DistributedDataParallel,
+    )
+]  # fmt: skip
+
+
 class OwnError(Exception):
     """An exception that no library knows."""
 
@@ -85,6 +107,23 @@ class UntouchedTest(unittest.TestCase):
 
     def test_module(self):
         self.assertIsNone(self.untouched(Stateful(), torch.randn(4, 3)))
+
+    def test_methods_are_the_same(self):
+        """What a capture puts in the place of methods and functions of torch is gone after it."""
+        programs = {
+            "returns": lambda x: x.add_(1) * x.sum().item() + torch.rand(3),
+            "raises": raising(OwnError(3, "mine")),
+            "refused": lambda x: x.to_sparse(),
+        }
+        for name, program in programs.items():
+            with self.subTest(name):
+                self.untouched(program, torch.randn(3))
+                for owner, known in METHODS:
+                    now = vars(owner)
+                    # A module of torch may be filled lazily.
+                    keys = known.keys() | (now.keys() if isinstance(owner, type) else set())
+                    changed = [key for key in keys if now.get(key) is not known.get(key)]
+                    self.assertEqual(changed, [], owner)
 
     def test_program_that_raises(self):
         x = torch.randn(2, 3)
@@ -508,6 +547,68 @@ class ThreadTest(unittest.TestCase):
         done.set()
         thread.join()
         self.assertEqual((type(y), y.tolist(), z.tolist()), (torch.Tensor, [2] * 3, [3] * 3))
+
+    def test_first_calls_at_once(self):
+        def program(x):
+            y = x + 1
+            return slow(y) + y
+
+        graph = extract_compiled_graph(program, (torch.zeros(2),))
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda i: graph(torch.full((2,), float(i))), range(4)))
+        self.assertEqual([r.tolist() for r in results], [[3.0 * (i + 1)] * 2 for i in range(4)])
+
+    def test_other_threads_read_tensors_during_a_capture(self):
+        """What a capture answers itself, it answers for its own thread."""
+        inside, done = threading.Event(), threading.Event()
+        graphs = []
+
+        def program(x):
+            inside.set()
+            done.wait(10)
+            return x + 1
+
+        thread = threading.Thread(
+            target=lambda: graphs.append(extract_compiled_graph(program, (torch.randn(3),)))
+        )
+        thread.start()
+        self.assertTrue(inside.wait(10))
+        try:
+            y = torch.full((2,), 1.5)
+            y.data = torch.full((3,), 2.5)
+            y.requires_grad_().sum().backward()
+            read = (y[0].item(), y.tolist(), float(torch.tensor(y[0].item())), y.grad.tolist())
+            types = (type(y[0].item()), type(torch.Generator()), type(y.data))
+        finally:
+            done.set()
+            thread.join()
+        self.assertEqual(read, (2.5, [2.5] * 3, 2.5, [1] * 3))
+        self.assertEqual(types, (float, torch.Generator, torch.Tensor))
+        self.assertEqual(graphs[0](torch.ones(3)).tolist(), [2] * 3)
+        self.assertEqual(len(list(graphs[0].graph.inputs())), 1)
+
+    def test_a_capture_ends_during_another(self):
+        inside, done = threading.Event(), threading.Event()
+        graphs = []
+
+        def program(x):
+            inside.set()
+            done.wait(10)
+            torch.manual_seed(3)
+            return x * x.sum().item(), torch.rand(2)
+
+        thread = threading.Thread(
+            target=lambda: graphs.append(extract_compiled_graph(program, (torch.ones(3),)))
+        )
+        thread.start()
+        self.assertTrue(inside.wait(10))
+        extract_compiled_graph(lambda x: x * x.sum().item(), (torch.ones(3),))
+        done.set()
+        thread.join()
+        x = torch.tensor([1.0, 2, 3])
+        scaled, drawn = graphs[0](x)
+        torch.manual_seed(3)
+        self.assertEqual((scaled.tolist(), drawn.tolist()), ([6, 12, 18], torch.rand(2).tolist()))
 
     def test_program_that_starts_threads(self):
         """A thread of the program's own is outside of the capture: right, or refused."""

@@ -74,8 +74,13 @@ def _moved(i: int) -> tuple[Any, ...]:
     return (argument,)
 
 
-class ContainerTest(unittest.TestCase):
-    """What two containers can differ in beside their items."""
+def _conjugated(i: int) -> tuple[Tensor]:
+    x = torch.randn(2, dtype=torch.complex64)
+    return (x.conj() if i % 2 else x,)
+
+
+class DifferenceTest(unittest.TestCase):
+    """What two arguments can differ in beside values and items."""
 
     test_type_of_key = makefunctiontest(
         lambda d: [(repr(key), x + 1) for key, x in d.items()],
@@ -88,6 +93,21 @@ class ContainerTest(unittest.TestCase):
         lambda i: ({(1, True, 1.0)[i % 3]: randn(2)},),
         captures=3,
         calls=6,
+    )
+    test_type_of_number = makefunctiontest(
+        lambda x, n: (x * n, repr(n)),
+        lambda i: (torch.randint(9, (2,)), (1, 1.0, True)[i % 3]),
+        captures=3,
+        calls=6,
+    )
+    test_conjugate_bit = makefunctiontest(
+        lambda x: (x.is_conj(), x.resolve_conj(), x * 2), _conjugated, captures=2, calls=4
+    )
+    test_negative_bit = makefunctiontest(
+        lambda x: (x.is_neg(), x.resolve_neg(), x * 2),
+        lambda i: (torch._neg_view(randn(2)) if i % 2 else randn(2),),
+        captures=2,
+        calls=4,
     )
     test_order_of_keys = makefunctiontest(
         lambda d: [(key, x + 1) for key, x in d.items()], _moved, captures=2, calls=4

@@ -98,6 +98,28 @@ class WrappedNumberTest(unittest.TestCase):
         lambda x: (torch.scalar_tensor(3), torch.tensor(True) + x, torch.tensor(1j) * x),
         tensors((2, 3)),
     )
+    # A float that is read from a tensor is a number of the graph.
+    test_number_on_the_right = makefunctiontest(
+        lambda x: (
+            x * (2 - x.sum().item()),
+            x * (3 / (x.sum().item() + 20)),
+            x + 1.5 ** x.mean().item(),
+        ),
+        tensors((2, 3)),
+    )
+    test_number_in_a_tensor = makefunctiontest(
+        lambda x: (
+            torch.tensor(x.sum().item(), dtype=torch.float64),
+            torch.tensor(x.sum().item()),
+            torch.tensor(x.sum().item(), dtype=torch.int32),
+        ),
+        tensors((2, 3)),
+    )
+    test_tensors_in_a_list = makefunctiontest(
+        lambda x: (torch.tensor([x[0], x[1]]), torch.tensor([x[0].long(), 1])),
+        tensors((2,), dtype=torch.float64),
+        captures=None,
+    )
     test_numpy_scalars = makefunctiontest(
         lambda x: (x * _float32(2.5), x + _int64(2), _float64(0.1) * x), tensors((2, 3))
     )

@@ -786,6 +786,12 @@ class RegionTest(unittest.TestCase):
         tensors((3, 4)),
         exact=False,
     )
+    test_cond_takes_both_branches = makefunctiontest(
+        lambda x, i: torch.cond(i > 1, torch.sin, torch.cos, (x,)),
+        lambda i: (torch.randn(3), torch.tensor(i % 4)),
+        captures=2,
+        calls=4,
+    )
     test_no_grad = makefunctiontest(_in_no_grad, tensors((2, 3)), grad=True)
     test_inference_mode_inside = makefunctiontest(_in_inference_mode, tensors((2, 3)))
     test_inference_mode_inside_and_out = makefunctiontest(
