@@ -79,6 +79,11 @@ def _conjugated(i: int) -> tuple[Tensor]:
     return (x.conj() if i % 2 else x,)
 
 
+def _one_list_or_two(i: int) -> tuple[list[Tensor], list[Tensor]]:
+    first, second = [randn(2)], [randn(2)]
+    return (first, first) if i % 2 else (first, second)
+
+
 class DifferenceTest(unittest.TestCase):
     """What two arguments can differ in beside values and items."""
 
@@ -100,6 +105,35 @@ class DifferenceTest(unittest.TestCase):
         captures=3,
         calls=6,
     )
+    test_one_list_or_two = makefunctiontest(
+        lambda a, b: (a is b, a[0] + b[0]), _one_list_or_two, captures=2, calls=4
+    )
+    test_two_lists_or_one = makefunctiontest(
+        lambda a, b: (a is b, a[0] + b[0]),
+        lambda i: _one_list_or_two(i + 1),
+        captures=2,
+        calls=4,
+    )
+
+    test_two_lists_of_numbers_or_one = makefunctiontest(
+        lambda x, lists: (lists[0] is lists[1], x + lists[0][0]),
+        lambda i: (randn(2), [[1]] * 2 if i % 2 else [[1], [1]]),
+        captures=2,
+        calls=4,
+    )
+
+    def test_parameter_or_another_tensor(self) -> None:
+        module = nn.Linear(2, 2, bias=False).requires_grad_(False)
+        other = randn(2, 2)
+
+        def program(weight: Tensor) -> Tensor:
+            return weight + 2 * module.weight
+
+        for first, second in ((module.weight, other), (other, module.weight)):
+            graph = extract_compiled_graph(program, (first,))
+            for weight in (first, second, first, nn.Parameter(other, requires_grad=False)):
+                self.assertEqual(graph(weight).tolist(), program(weight).tolist())
+
     test_conjugate_bit = makefunctiontest(
         lambda x: (x.is_conj(), x.resolve_conj(), x * 2), _conjugated, captures=2, calls=4
     )
