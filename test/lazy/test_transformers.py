@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from model_zoo import MODELS, ModelCase, names, set_up_module
-from torch import nn
+from torch import Tensor, nn
 
 from torch_lazy_ext import CompiledGraph, UnsupportedError, extract_compiled_graph
 
@@ -242,9 +242,13 @@ def seconds(call: Callable[..., Any], inputs: dict, times: int = 7) -> float:
     return statistics.median(taken)
 
 
-def tensor_ids(module: nn.Module) -> dict[str, int]:
-    """Which objects the parameters and buffers of a module are."""
-    return {n: id(t) for n, t in (*module.named_parameters(), *module.named_buffers())}
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module: objects, since an id may come again for another."""
+    return dict((*module.named_parameters(), *module.named_buffers()))
+
+
+def replaced(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    return [n for n, t in tensors_of(module).items() if t is not before.get(n)]
 
 
 def extract(module: nn.Module, oracle: nn.Module, inputs: dict) -> tuple[CompiledGraph, float]:
@@ -271,7 +275,7 @@ def check(case: ModelCase, row: Row) -> None:
     """
     module = case.make()
     oracle = copy.deepcopy(module)
-    ids, oracle_ids = tensor_ids(module), tensor_ids(oracle)
+    before, oracle_before = tensors_of(module), tensors_of(oracle)
     inputs = case.inputs(0)
 
     graph, row.extraction = extract(module, oracle, inputs)
@@ -285,11 +289,10 @@ def check(case: ModelCase, row: Row) -> None:
             raise Difference("the inputs of the capture itself did not take its way")
         if sum(s.hits for s in graph.specializations) != seed + 1:
             raise Difference(f"inputs {seed}: the call was not answered by a graph")
-    replaced = [n for n, id_ in tensor_ids(module).items() if id_ != ids.get(n)]
     Comparison().compare(
         "the parameters and buffers that are other objects now",
-        [n for n, id_ in tensor_ids(oracle).items() if id_ != oracle_ids.get(n)],
-        replaced,
+        replaced(oracle, oracle_before),
+        replaced(module, before),
     )
 
     nodes = sum(n.kind() != "prim::Constant" for n in graph.graph.nodes())
