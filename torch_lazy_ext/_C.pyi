@@ -101,7 +101,7 @@ class Checked:
     def values(self) -> list[torch.Tensor]: ...
 
 class Recorder:
-    reads_offset: bool
+    reads_placement: bool
     refusal: str
     verify_layouts: bool
     def __init__(self) -> None: ...

@@ -104,10 +104,15 @@ class FromArray:
 
 @dataclasses.dataclass(eq=False)
 class FromConstant:
-    """Memory that the program made from Python data: a new copy on each call."""
+    """Memory that the program made from Python data: a new copy on each call.
+
+    Attributes:
+        counted_with: as in FromRoot.
+    """
 
     index: int
     views: _C.ViewSequence
+    counted_with: int | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -317,7 +322,7 @@ class Lowered:
     generators: list[torch.Generator]
     makes_generators: bool
     modes: list[tuple[Callable[[Any], object], Any]]
-    uses_storage_offset: bool
+    reads_placement: bool
     backwards: list[Backward]
 
 
@@ -433,9 +438,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         generators=recorder.generators(),
         makes_generators=bool(recording.generators.made),
         modes=recording.modes,
-        uses_storage_offset=sources.uses_storage_offset
-        or recorder.reads_offset
-        or strided is not None,
+        reads_placement=sources.reads_placement or recorder.reads_placement or strided is not None,
         backwards=backwards,
     )
 
@@ -892,7 +895,7 @@ def _check_sharing(
         if write.root is None or lifted[write.index][3] >= 0:
             continue
         # What lies beside the tensor in its storage is none of the graph's values.
-        beside = recorder.reads_offset and tensor.nbytes != tensor.untyped_storage().nbytes()
+        beside = recorder.reads_placement and tensor.nbytes != tensor.untyped_storage().nbytes()
         if len(others) > 1 or beside:
             again.extend(lifted[i][0] for i in others)
     if again:
@@ -941,7 +944,7 @@ class _Sources:
                 self.assigned[id(tensor)] = value
         self.former: list[Source] = []
         self.arrays = recording.arrays
-        self.uses_storage_offset = False
+        self.reads_placement = False
         self._moved = [(tensor, value) for tensor, value, _user in recording.assigned]
         self._bases: dict[int, list[_Base]] = {}  # root -> the objects that are views of it
         self._sharing: dict[int, int] = {}
@@ -1103,7 +1106,7 @@ class _Sources:
         base = about.base_lifted
         if base >= 0 and lifted[base][2]:
             if not about.mutated:
-                return FromConstant(base, about.views)
+                return FromConstant(base, about.views, self._counted_with(leaf))
         elif base >= 0 and lifted[base][3] == base:
             # Of a member, not of the storage as a whole: so it shares the version counter.
             members = [i for i, (*_, group) in enumerate(lifted) if group == base and i != base]
@@ -1111,7 +1114,7 @@ class _Sources:
             return self._strided((alike or members)[0], leaf, not about.shares_version)
         elif base >= 0 and recorder.describe(lifted[base][1]).metadata_mutated:
             # The views lead from what the tensor was.
-            self.uses_storage_offset = True
+            self.reads_placement = True
             viewed = _viewed(recorder, leaf, lifted[base][0])
             return self._strided(base, viewed, not about.shares_version)
         elif base >= 0 and about.mutated:

@@ -423,9 +423,25 @@ class Capture:
         return tensor
 
     def storage_offset(self, func: Any, tensor: torch.Tensor) -> int:
-        self.recorder.reads_offset = True
+        self.recorder.reads_placement = True
         offset: int = func(self.recorder.twin_of(tensor))
         return offset
+
+    def is_view(self, func: Any, tensor: torch.Tensor) -> bool:
+        self.recorder.reads_placement = True
+        user = self._user(tensor)
+        view: bool = func(tensor if user is None else user)
+        return view
+
+    def base(self, func: Any, tensor: torch.Tensor) -> Any:
+        self.recorder.reads_placement = True
+        user = self._user(tensor)
+        base = func(tensor if user is None else user)
+        if user is not None and base is not None:
+            raise self.refusal(
+                "the program reads `_base` of a tensor that it was given: pass the base itself"
+            )
+        return base
 
     def deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
         if id(tensor) not in memo:
@@ -566,6 +582,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "requires_grad_": Capture.requires_grad_,
     "__deepcopy__": Capture.deepcopy,
     "storage_offset": Capture.storage_offset,
+    "_is_view": Capture.is_view,
     "apply_": Capture.refuse,
     "map_": Capture.refuse,
     "map2_": Capture.refuse,
@@ -580,7 +597,7 @@ _PROPERTIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "grad": (Capture.get_grad, Capture.set_grad),
     "requires_grad": (Capture.get_requires_grad, Capture.requires_grad_),
 }
-_GETTERS: dict[str, Callable[..., Any]] = {"is_nested": Capture.is_nested}
+_GETTERS: dict[str, Callable[..., Any]] = {"is_nested": Capture.is_nested, "_base": Capture.base}
 _TENSOR = torch.tensor
 # Their C++ code reads the tensors in nested lists.
 _FROM_DATA = [

@@ -185,7 +185,7 @@ class Specialization(_C.Variant):
 
     def _guard_calls(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
-        self._set_arguments(flat.spec, leaves, lowered.uses_storage_offset)
+        self._set_arguments(flat.spec, leaves, lowered.reads_placement)
         for slot, value in state.values:
             self._add_value(slot, value)
         for container, before in state.containers:
@@ -221,11 +221,11 @@ class Specialization(_C.Variant):
                 place, element = slots[0].place(), slots[0].element
                 self._lift_number(place, -1 if element is None else element)
             elif slots:
-                self._lift_slot(slots[0], tensor, lowered.uses_storage_offset)
+                self._lift_slot(slots[0], tensor, lowered.reads_placement)
             else:
                 self._lift_fixed(tensor, constant)
         for leaf, grad in lowered.leaves:
-            self._add_gradient_guard(leaf, grad, lowered.uses_storage_offset)
+            self._add_gradient_guard(leaf, grad, lowered.reads_placement)
         lowered.leaves = []
         # Tensors lifted as views of one storage.
         for base, indices in members.items():
@@ -539,9 +539,7 @@ class _Results:
         if isinstance(source, _lower.FromRoot):
             value = self.values[source.root]
             if source.counted_with is not None:
-                counted = torch.ops.aten.alias(self.tensors[source.counted_with])
-                counted.data = value
-                return counted
+                return self._counted(source.counted_with, value)
             if source.parameter:
                 return nn.Parameter(value, source.requires_grad)
             if source.alias or source.requires_grad:
@@ -569,7 +567,16 @@ class _Results:
         if source.index not in self._constants:
             self._constants[source.index] = self.tensors[source.index].clone()
         base = self._constants[source.index]
-        return source.views.apply(base) if len(source.views) else base
+        value = source.views.apply(base) if len(source.views) else base
+        if source.counted_with is not None:
+            return self._counted(source.counted_with, value)
+        return value
+
+    def _counted(self, index: int, value: torch.Tensor) -> torch.Tensor:
+        """A tensor over the memory of `value` that counts its versions with another."""
+        counted: torch.Tensor = torch.ops.aten.alias(self.tensors[index])
+        counted.data = value
+        return counted
 
 
 def _capture(

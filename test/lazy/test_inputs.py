@@ -573,6 +573,17 @@ LayoutTest.test_storage_offset_read = makefunctiontest(
     calls=5,
     captures=3,
 )
+LayoutTest.test_detach_in_place_of_views_in_turn = makefunctiontest(
+    lambda x: x.detach_() + 1,  # a view raises
+    lambda i: (randn(4, 3)[0] if i % 2 else randn(3),),
+    calls=4,
+)
+LayoutTest.test_is_view_read = makefunctiontest(
+    lambda x: (x._is_view(), x + 1),
+    lambda i: (randn(4, 3)[0] if i % 2 else randn(3),),
+    calls=4,
+    captures=2,
+)
 for _name in ("expanded", "expanded_scalar"):
     _make = READ_ONLY_LAYOUTS[_name]
     # "unsupported operation: more than one element of the written-to tensor ..."

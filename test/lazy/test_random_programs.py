@@ -836,7 +836,8 @@ class _Side:
                     str(value.dtype),
                     tuple(value.shape),
                     _strides(value),
-                    value.storage_offset(),
+                    # Where an empty tensor lies follows from strides that are left to chance.
+                    value.storage_offset() if value.numel() else 0,
                     value.requires_grad,
                     value.is_conj(),
                     value.is_neg(),
@@ -1061,6 +1062,22 @@ FOUND = {
     "number_and_numpy": (
         "float32",
         "k = a[0, 0].item(); f = numpy.float32(0.1); return k + f, f + k, numpy.sqrt(k * k), k < f",
+    ),
+    "layout_of_a_transposed_state": (
+        "float32",
+        "self.s.transpose_(0, 1); return self.s.shape, self.s.stride(), self.s * 2",
+    ),
+    "layout_of_a_larger_state": (
+        "float32",
+        "self.t.unsqueeze_(0); self.t.add_(1); return self.t.shape, self.t.size(0), self.t + 1",
+    ),
+    "layout_of_a_state_that_is_set": (
+        "float32",
+        "self.s.set_(a.t()); return self.s.stride(), self.s.is_contiguous(), self.s + 1",
+    ),
+    "data_of_a_view_is_a_constant": (
+        "float32",
+        "v = a[0]; v.data = torch.tensor([1.0]); return v",
     ),
     "number_and_large_int": ("float32", "k = a[0, 0].item(); return k < 10**400, k == 2**60 + 1"),
 }

@@ -81,9 +81,9 @@ py::list Call::containers() {
 
 // ------------------------------------------------------------------- setting up
 
-void Variant::set_arguments(const py::object& spec, const py::list& leaves, bool with_offset) {
+void Variant::set_arguments(const py::object& spec, const py::list& leaves, bool with_placement) {
   Keep k = keep();
-  arguments_.emplace(spec, leaves, with_offset, k);
+  arguments_.emplace(spec, leaves, with_placement, k);
 }
 
 void Variant::set_surroundings(const Surroundings& now, const py::object& default_device) {
@@ -117,7 +117,7 @@ void Variant::lift_argument(int64_t leaf) {
   lifted_.push_back({Source::Kind::Argument, leaf});
 }
 
-void Variant::lift_slot(const py::object& slot, const py::object& tensor, bool with_offset) {
+void Variant::lift_slot(const py::object& slot, const py::object& tensor, bool with_placement) {
   Keep k = keep();
   k.append(py::type::of(tensor));
   lifted_.push_back(
@@ -125,7 +125,7 @@ void Variant::lift_slot(const py::object& slot, const py::object& tensor, bool w
        state_.handle(slot, k),
        at::Tensor(),
        false,
-       TensorGuard(tensor.ptr(), with_offset)});
+       TensorGuard(tensor.ptr(), with_placement)});
 }
 
 void Variant::lift_number(const py::object& slot, int64_t element) {
@@ -147,10 +147,10 @@ void Variant::lift_gradient(int64_t leaf) {
   lifted_.push_back({Source::Kind::Gradient, leaf});
 }
 
-void Variant::add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_offset) {
+void Variant::add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_placement) {
   std::optional<TensorGuard> guard;
   if (!gradient.is_none()) {
-    guard.emplace(gradient.ptr(), with_offset);
+    guard.emplace(gradient.ptr(), with_placement);
   }
   gradients_.emplace_back(leaf, std::move(guard));
 }

@@ -232,7 +232,7 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
             at(0).toTensor(), list(1), list(2), list(3), list(4), at(5).toBool())));
   }
   if (name == "aten::as_strided" && fi::isFunctionalTensor(at(0).toTensor())) {
-    recorder.reads_offset = true;
+    recorder.reads_placement = true;
     const at::Tensor self = at(0).toTensor();
     const at::Tensor whole = recorder.whole_storage_of(self);
     if (!whole.defined() || whole.is_same(self) || self.requires_grad()) {
@@ -243,7 +243,7 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     return answer(at::as_strided(whole, at(1).toIntVector(), at(2).toIntVector(), offset));
   }
   if (name == "aten::as_strided_") {
-    recorder.reads_offset = true;
+    recorder.reads_placement = true;
   }
   if ((name == "aten::resize_" || name == "aten::resize_as_") &&
       fi::isFunctionalTensor(at(0).toTensor())) {
@@ -870,6 +870,18 @@ void raise_as_eager(
   std::rethrow_exception(error);
 }
 
+// Raises what `detach_` raises for a view: a twin is none, whatever the user's tensor is.
+void check_detachable(Recorder& recorder, const at::Tensor& t) {
+  const auto twin = recorder.input_by_twin.find(t.unsafeGetTensorImpl());
+  const at::Tensor& given =
+      twin == recorder.input_by_twin.end() ? t : recorder.inputs[twin->second].tensor;
+  recorder.reads_placement = true;
+  if (given.defined() && given.is_view()) {
+    c10::impl::ExcludeDispatchKeyGuard no_capture(capture_keys);
+    at::empty({0}).view({0}).detach_();
+  }
+}
+
 void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
   Recorder* recorder = Recorder::current();
   const size_t nargs = op.schema().arguments().size();
@@ -900,6 +912,12 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
       stack->emplace_back(recorder->lift(t, /*constant=*/true));
       return;
     }
+  }
+  const bool reshapes = op.hasTag(at::Tag::inplace_view);
+  const Stack given =
+      reshapes ? Stack(stack->begin() + static_cast<int64_t>(begin), stack->end()) : Stack();
+  if (name == "aten::detach_") {
+    check_detachable(*recorder, given.at(0).toTensor());
   }
   // (twin, what the program passed), for operators that return an argument.
   std::vector<std::pair<c10::TensorImpl*, at::Tensor>> passed;
@@ -946,6 +964,9 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
       raise_as_eager(*recorder, op, arguments, message_of(e));
     }
     throw;
+  }
+  if (reshapes && name != "aten::detach_" && recorder->is_liftable(given.at(0).toTensor())) {
+    recorder->follow_layout(op, given);
   }
   for_each_tensor(*stack, stack->size() - begin, [&](const at::Tensor& t) {
     if (t.defined()) {

@@ -91,7 +91,7 @@ bool same(PyObject* a, PyObject* b) {
 
 // -------------------------------------------------------------------- tensors
 
-TensorGuard::TensorGuard(PyObject* tensor, bool with_offset)
+TensorGuard::TensorGuard(PyObject* tensor, bool with_placement)
     : type_(Py_TYPE(tensor)),
       keys_(THPVariable_Unpack(tensor).key_set()),
       device_(THPVariable_Unpack(tensor).device()),
@@ -100,7 +100,8 @@ TensorGuard::TensorGuard(PyObject* tensor, bool with_offset)
   sizes_ = t.sizes();
   strides_ = t.strides();
   requires_grad_ = t.requires_grad();
-  offset_ = with_offset ? t.storage_offset() : -1;
+  offset_ = with_placement ? t.storage_offset() : -1;
+  is_view_ = t.is_view();
 }
 
 bool TensorGuard::check(PyObject* object) const {
@@ -111,7 +112,8 @@ bool TensorGuard::check(const at::Tensor& t) const {
   const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
   return impl.key_set() == keys_ && impl.dtype() == dtype_ && impl.sizes() == sizes_ &&
       impl.strides() == strides_ && impl.requires_grad() == requires_grad_ &&
-      impl.device() == device_ && (offset_ < 0 || impl.storage_offset() == offset_);
+      impl.device() == device_ &&
+      (offset_ < 0 || (impl.storage_offset() == offset_ && t.is_view() == is_view_));
 }
 
 // --------------------------------------------------------------- surroundings
@@ -141,7 +143,7 @@ bool Surroundings::operator==(const Surroundings& o) const {
 ArgumentGuard::ArgumentGuard(
     const py::object& spec,
     const py::list& leaves,
-    bool with_offset,
+    bool with_placement,
     Keep& keep) {
   // The pair of args and kwargs, which is of our own making.
   const auto children = py::cast<py::tuple>(py::cast<py::tuple>(spec)[1]);
@@ -151,7 +153,7 @@ ArgumentGuard::ArgumentGuard(
   for (const py::handle& leaf : leaves) {
     Leaf guard;
     if (THPVariable_Check(leaf.ptr())) {
-      guard.tensor.emplace(leaf.ptr(), with_offset);
+      guard.tensor.emplace(leaf.ptr(), with_placement);
       guard.first =
           position.try_emplace(leaf.ptr(), static_cast<int64_t>(leaves_.size())).first->second;
       keep.append(py::type::of(leaf));

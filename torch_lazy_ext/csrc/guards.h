@@ -23,8 +23,8 @@ using Keep = py::list;
 // What a program can read of a tensor without looking at its data.
 class TensorGuard {
  public:
-  // `with_offset`: the storage offset counts too.
-  TensorGuard(PyObject* tensor, bool with_offset);
+  // `with_placement`: the storage offset counts too, and whether it is a view.
+  TensorGuard(PyObject* tensor, bool with_placement);
   bool check(PyObject* object) const;
   bool check(const at::Tensor& tensor) const; // whatever its Python class
 
@@ -37,6 +37,7 @@ class TensorGuard {
   c10::SmallVector<int64_t, 5> strides_;
   bool requires_grad_;
   int64_t offset_; // -1: any
+  bool is_view_; // where the offset counts
 };
 
 // What is no argument and no state, and still decides what a program does.
@@ -67,7 +68,7 @@ class ArgumentGuard {
  public:
   // `spec`: of _tree.flatten; `leaves`: those of the capture, values copied where
   // they can change.
-  ArgumentGuard(const py::object& spec, const py::list& leaves, bool with_offset, Keep& keep);
+  ArgumentGuard(const py::object& spec, const py::list& leaves, bool with_placement, Keep& keep);
   // `kwargs` may be null. Raises what Python code that takes containers apart raises.
   bool match(PyObject* args, PyObject* kwargs, Arguments& arguments) const;
 

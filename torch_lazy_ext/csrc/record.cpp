@@ -189,6 +189,24 @@ void set_included(bool on) {
   c10::impl::tls_set_dispatch_key_included(DispatchKey::DeferredInit, on);
 }
 
+void set_layout(
+    c10::TensorImpl& impl,
+    at::IntArrayRef sizes,
+    at::IntArrayRef strides,
+    int64_t storage_offset) {
+  const bool allowed = impl.allow_tensor_metadata_change();
+  impl.set_allow_tensor_metadata_change(true);
+  impl.set_sizes_and_strides(sizes, strides, storage_offset);
+  impl.set_allow_tensor_metadata_change(allowed);
+}
+
+// A tensor without memory. Whatever shape it gets lies within its storage.
+at::Tensor layout_of(const at::Tensor& t) {
+  const at::Tensor memory =
+      at::empty({int64_t{1} << 48}, at::TensorOptions(t.dtype()).device(at::kMeta));
+  return memory.as_strided(t.sizes(), t.strides(), t.storage_offset());
+}
+
 } // namespace
 
 void Recorder::enter() {
@@ -212,6 +230,10 @@ void Recorder::exit() {
   current_recorder = capturing_recorder = nullptr;
   set_included(false);
   fi::setFunctionalizationReapplyViewsTLS(previous_reapply_);
+  for (auto& [impl, before] : layouts_) {
+    set_layout(*impl, before.sizes, before.strides, before.storage_offset);
+  }
+  layouts_.clear();
 }
 
 Recorder::Resume::Resume(Recorder& recorder, bool lifting)
@@ -482,6 +504,22 @@ at::Tensor Recorder::twin_of(const at::Tensor& tensor) {
 
 void Recorder::rebind(const at::Tensor& tensor, const at::Tensor& twin) {
   rebound[tensor.unsafeGetTensorImpl()] = {tensor, twin};
+}
+
+void Recorder::follow_layout(const c10::OperatorHandle& op, Stack given) {
+  const at::Tensor tensor = given.at(0).toTensor();
+  StandaloneGuard alone;
+  for (IValue& argument : given) {
+    if (argument.isTensor() && argument.toTensor().defined()) {
+      argument = layout_of(argument.toTensor());
+    }
+  }
+  op.callBoxed(&given);
+  const at::Tensor now = given.at(0).toTensor();
+  auto* impl = tensor.unsafeGetTensorImpl();
+  layouts_.try_emplace(
+      impl, Layout{tensor, tensor.sizes().vec(), tensor.strides().vec(), tensor.storage_offset()});
+  set_layout(*impl, now.sizes(), now.strides(), now.storage_offset());
 }
 
 void Recorder::assign_data(const at::Tensor& tensor, const at::Tensor& twin) {

@@ -119,6 +119,9 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   bool is_liftable(const at::Tensor& tensor) const;
   // From now on `twin` stands for `tensor` (an assignment to `tensor.data`).
   void rebind(const at::Tensor& tensor, const at::Tensor& twin);
+  // `op` changed the shape of a tensor of the user's in place, called with `given`: the program
+  // reads the new one from the tensor itself, which has it until the capture ends.
+  void follow_layout(const c10::OperatorHandle& op, torch::jit::Stack given);
   // The same for an assignment to `tensor.data`: `twin` counts its versions with `tensor`.
   void assign_data(const at::Tensor& tensor, const at::Tensor& twin);
 
@@ -160,8 +163,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::unordered_map<c10::StorageImpl*, at::ScalarType> shared_storages;
   // What the program was given for a generator -> the generator.
   std::unordered_map<c10::GeneratorImpl*, at::Generator> generators_of_stand_ins;
-  // Where its tensors lie in their storages matters to the program.
-  bool reads_offset = false;
+  // Where its tensors lie in their storages, or whether they are views, matters to the program.
+  bool reads_placement = false;
   int64_t running = -1; // the node that run_checked is at
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> made;
   // Run every operator while it is recorded, and learn what its meta kernel has wrong.
@@ -206,6 +209,13 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   at::Tensor lift_alone(const at::Tensor& tensor, bool constant);
   at::Tensor lift_storage(const at::Tensor& tensor);
 
+  struct Layout {
+    at::Tensor tensor;
+    std::vector<int64_t> sizes;
+    std::vector<int64_t> strides;
+    int64_t storage_offset;
+  };
+  std::unordered_map<c10::TensorImpl*, Layout> layouts_; // of the user's, as the program met them
   std::unordered_map<PyCodeObject*, bool> code_is_library_;
   std::map<std::pair<PyCodeObject*, int>, torch::jit::SourceRange> source_ranges_;
   std::string library_prefix_;
