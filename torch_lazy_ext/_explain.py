@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from torch_lazy_ext import _fx, _lift, _lower, _replay, _text
+from torch_lazy_ext import _fx, _lift, _lower, _replay, _text, _tree
 
 
 @dataclasses.dataclass
@@ -66,10 +66,9 @@ def explain(
         ExtractionError: the program cannot be captured.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    leaves = [v for v in pytree.tree_leaves((args, kwargs)) if not isinstance(v, torch.Tensor)]
-    state = _lift.State(fn, *leaves)
-    _recorder, lowered = _replay._capture(fn, args, kwargs, state, False)
-    names = _lifted_names(fn, args, kwargs, state, lowered)
+    flat = _tree.flatten((args, kwargs))
+    with _replay.capture(fn, args, kwargs, flat) as (state, _recorder, lowered, _creations):
+        names = _lifted_names(fn, args, kwargs, state, lowered)
     return Explanation(
         text=_text.graph_text(lowered.graph, source=True),
         inputs=[names[i] for i in lowered.parameters],

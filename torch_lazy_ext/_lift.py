@@ -149,6 +149,7 @@ class State:
             they held and a tensor for each float.
         containers: the mutable containers, each with its content: `{key: value}` or a list.
         unsized: ids of containers that may grow between the calls.
+        names: the attributes and globals that functions of the program name.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -162,7 +163,7 @@ class State:
         self._put: dict[tuple[int, Any], Any] = {}  # what stands in the place of numbers
         self._seen: dict[int, Any] = {}
         self._methods: dict[type, dict[str, types.FunctionType]] = {}
-        self._names = {"forward", "__call__"}  # attributes that functions of the program name
+        self.names = {"forward", "__call__"}
         self._single: list[tuple[Slot, Any]] = []  # cells, globals, attributes in slots
         for root in roots:
             self._walk(root, "")
@@ -268,7 +269,7 @@ class State:
                 found = vars(base).items()
                 methods.update((k, v) for k, v in found if isinstance(v, types.FunctionType))
         self._methods[cls] = methods
-        yield from ((m, name) for k, m in methods.items() if k in self._names)
+        yield from ((m, name) for k, m in methods.items() if k in self.names)
 
     def _function(self, fn: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
         if _is_library(fn):
@@ -283,8 +284,8 @@ class State:
         for key in global_names:
             if key in fn.__globals__ or key in written:
                 yield from self._slot(Slot(fn.__globals__, key, key), single=True)
-        for key in names - self._names:
-            self._names.add(key)
+        for key in names - self.names:
+            self.names.add(key)
             yield from ((m[key], name) for m in self._methods.values() if key in m)
 
     def _items(self, owner: Any, name: str) -> Iterator[tuple[Any, str]]:

@@ -223,3 +223,24 @@ class Number(torch.SymFloat):
     @property
     def imag(self) -> float:
         return 0.0
+
+
+def greater(number: Number, bound: float) -> torch.Tensor:
+    """Whether a number is greater, as a tensor of the graph: nobody looks at it."""
+    with torch.no_grad():
+        return torch.gt(number.node.number, bound)
+
+
+def select(
+    number: Number, bound: float, greater_one: Number | float, other: Number | float
+) -> Number:
+    """One number where `number` is greater than `bound`, and the other where not."""
+
+    def tensor(value: Number | float) -> torch.Tensor:
+        if isinstance(value, Number):
+            return value.node.number
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+
+    with torch.no_grad():
+        chosen = torch.where(greater(number, bound), tensor(greater_one), tensor(other))
+        return Number(chosen, number.node.values)

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch._functorch import utils as _functorch_utils
+from torch.optim import radam as _radam
 
-from torch_lazy_ext import _C, _collectives, _generators, _lift, _tree
+from torch_lazy_ext import _C, _collectives, _generators, _lift, _optimizers, _tree
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
 from torch_lazy_ext._number import Number
 
@@ -45,13 +46,16 @@ class Capture:
         required: id of a tensor -> the tensor, for those whose `requires_grad` the program set.
         ran_backward: whether the program called `backward()`.
         generators: the generators that the program was given or made.
+        creations: the state that steps of optimizers made.
     """
 
     _lock = threading.Lock()
     _count = 0
 
-    def __init__(self, recorder: _C.Recorder) -> None:
+    def __init__(self, recorder: _C.Recorder, state: _lift.State) -> None:
         self.recorder = recorder
+        self._state = state
+        self.creations: list[_optimizers.Creation] = []
         self.assigned: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
         self.required: dict[int, torch.Tensor] = {}
@@ -87,9 +91,9 @@ class Capture:
 
     def _begin(self) -> None:
         with Capture._lock:
-            Capture._count += 1
-            if Capture._count == 1:
+            if Capture._count == 0:
                 _install()
+            Capture._count += 1
         _running.capture = self
 
     def _end(self) -> None:
@@ -249,6 +253,16 @@ class Capture:
         numbers = [(name, v) for name, v in kwargs.items() if isinstance(v, Number)]
         known = {name: 0.0 if isinstance(v, Number) else v for name, v in kwargs.items()}
         _C.call_with_numbers(f"aten::{func.__name__}", args, known, numbers)
+
+    def init_group(self, func: Any, optimizer: Any, group: Any, *lists: Any) -> Any:
+        if self._state.knows(optimizer):
+            found = _optimizers.creation(optimizer, group, len(lists), self._state.names)
+            if found is not None:
+                self.creations.append(found)
+        return func(optimizer, group, *lists)
+
+    def radam(self, func: Any, *args: Any, **kwargs: Any) -> None:
+        _optimizers.RADAM[func.__name__](func, *args, **kwargs)
 
     def lbfgs(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         raise self.refusal(
@@ -758,6 +772,13 @@ def _install() -> None:
             replace(functional, "_maybe_wrap_tensor", wait)
         parallel = torch.nn.parallel.DistributedDataParallel
         replace(parallel, "forward", _function(parallel.forward, Capture.forward_data_parallel))
+    for name in _optimizers.RADAM:
+        function = _function(getattr(_radam, name), Capture.radam)
+        replace(_radam, name, function)
+    for cls in vars(torch.optim).values():
+        if isinstance(cls, type) and "_init_group" in vars(cls):  # AdamW has Adam's
+            own = vars(cls)["_init_group"]
+            replace(cls, "_init_group", _function(own, Capture.init_group))
     replace(torch.optim.LBFGS, "step", _function(torch.optim.LBFGS.step, Capture.lbfgs))
     for cls in (torch.nn.Module, torch.optim.Optimizer):
         replace(cls, "zero_grad", _function(cls.zero_grad, Capture.zero_grad))
@@ -784,6 +805,14 @@ def _remove() -> None:
 def _parameters(groups: list[dict[str, Any]]) -> Iterator[torch.Tensor]:
     for group in groups:
         yield from group["params"]
+
+
+class CreatesState(Exception):
+    """The program creates the state of optimizers: record it with that state in its place."""
+
+    def __init__(self, creations: list[_optimizers.Creation]) -> None:
+        super().__init__()
+        self.creations = creations
 
 
 class SharedStorage(Exception):
@@ -897,6 +926,7 @@ def record(
     state: _lift.State,
     shared: list[torch.Tensor],
     verify_layouts: bool = False,
+    creates: bool = False,
 ) -> Recording:
     """Run `fn` on twins of the tensors in `args` and `kwargs`.
 
@@ -907,11 +937,13 @@ def record(
         shared: tensors to lift as views of their storage, because the program writes to it.
         verify_layouts: run each operator while it is recorded, and believe its strides instead of
             its meta kernel's.
+        creates: ask for the state that the program creates for optimizers.
 
     Raises:
         FallbackError: an operator that the fallback config names was met.
         UnsupportedError: the program did something a graph cannot hold.
         SharedStorage: the recording has to be repeated with these tensors in `shared`.
+        CreatesState: the recording has to be repeated with the optimizers' state in its place.
         Exception: whatever the program itself raises.
     """
     _collectives.refuse_sharded(state.modules)
@@ -931,7 +963,7 @@ def record(
             )
         return capture.lift_argument(leaf)
 
-    capture = Capture(recorder)
+    capture = Capture(recorder, state)
     recording = Recording(capture, state)
     (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
     recording.arrays = capture.arrays
@@ -979,6 +1011,9 @@ def record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
+    if creates and capture.creations:
+        recorder.release()
+        raise CreatesState(capture.creations)
     if _keeps_nested(recorder):
         recorder.release()
         raise UnsupportedError(

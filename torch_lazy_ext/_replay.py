@@ -7,13 +7,24 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from torch_lazy_ext import _C, _compile, _fx, _gradients, _lift, _lower, _record, _text, _tree
+from torch_lazy_ext import (
+    _C,
+    _compile,
+    _fx,
+    _gradients,
+    _lift,
+    _lower,
+    _optimizers,
+    _record,
+    _text,
+    _tree,
+)
 from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 
 GUARD_FAILURE = ("recapture", "eager", "error")
@@ -120,13 +131,24 @@ class Specialization(_C.Variant):
         surroundings = _C.Surroundings.now()
         modes = surroundings.function_modes
         self._set_surroundings(surroundings, torch.get_default_device() if modes else None)
-        opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
-        state = _lift.State(fn, *opaque)
-        tensors = [t for t, _slots in state.tensors.values()]
-        tensors += [leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor)]
-        if any(map(nn.parameter.is_lazy, tensors)):
-            raise _Uninitialized
-        recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts)
+        with capture(fn, args, kwargs, flat, verify_layouts) as (
+            state,
+            recorder,
+            lowered,
+            creations,
+        ):
+            self._creations = creations
+            self._set_up(fn, flat, compiler, state, recorder, lowered)
+
+    def _set_up(
+        self,
+        fn: Callable[..., Any],
+        flat: _tree.Flat,
+        compiler: _compile.Compiler,
+        state: _lift.State,
+        recorder: _C.Recorder,
+        lowered: _lower.Lowered,
+    ) -> None:
         self.graph = lowered.graph
         self._lowered = lowered
         self._compiler = compiler
@@ -247,6 +269,24 @@ class Specialization(_C.Variant):
         if result is not None:
             writes = [(w.index, w.root, w.bumps) for w in lowered.writes if w.root is not None]
             self._set_native_finish(writes, result)
+
+    def prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, contextlib.AbstractContextManager[Any]]:
+        """Match a call, and make the state that it lacks of optimizers.
+
+        Returns:
+            The call, None when it is another than the captured one; and a context to run it in,
+            which takes that state back when the run fails.
+        """
+        call = self.match(args, kwargs)
+        if call is None and self._creations and all(c.missing() for c in self._creations):
+            created = _optimizers.create(self._creations)
+            call = self.match(args, kwargs)
+            if call is not None:
+                return call, created
+            created.undo()
+        return call, contextlib.nullcontext()
 
     def may_follow(self, observed: list[torch.Tensor]) -> bool:
         """Whether this variant went the way that another one's guards have shown."""
@@ -579,17 +619,48 @@ class _Results:
         return counted
 
 
+@contextlib.contextmanager
+def capture(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flat: _tree.Flat,
+    verify_layouts: bool = False,
+) -> Iterator[tuple[_lift.State, _C.Recorder, _lower.Lowered, list[_optimizers.Creation]]]:
+    """Record and lower a program; within, optimizers have the state that its first step creates."""
+    opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
+    creations: list[_optimizers.Creation] = []
+    creates = True
+    with contextlib.ExitStack() as undo:
+        while True:
+            state = _lift.State(fn, *opaque)
+            tensors = [t for t, _slots in state.tensors.values()]
+            tensors += [leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor)]
+            if any(map(nn.parameter.is_lazy, tensors)):
+                raise _Uninitialized
+            try:
+                recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts, creates)
+                break
+            except _record.CreatesState as request:
+                creates = all(c.missing() for c in request.creations)
+                if creates:
+                    creations += request.creations
+                    undo.callback(_optimizers.create(request.creations).undo)
+        yield state, recorder, lowered, creations
+
+
 def _capture(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     state: _lift.State,
     verify_layouts: bool,
+    creates: bool,
 ) -> tuple[_C.Recorder, _lower.Lowered]:
     shared: list[torch.Tensor] = []
     while True:
         try:
-            recording = _record.record(fn, args, kwargs, state, shared, verify_layouts)
+            recording = _record.record(fn, args, kwargs, state, shared, verify_layouts, creates)
         except _record.SharedStorage as request:
             shared += request.tensors
             continue
@@ -737,17 +808,20 @@ class CompiledGraph(_C.Caller):
         failed: list[Specialization] = []
         observed: list[torch.Tensor] = []
         for specialization in list(self._specializations):
-            call = None if specialization is tried else specialization.match(args, kwargs)
-            if call is None and specialization is not tried:
-                continue
-            matching += 1
+            matching += specialization is tried
             if not specialization.may_follow(observed):
+                matching += specialization.match(args, kwargs) is not None
                 continue
             try:
-                if call is None:
+                if specialization is tried:
                     assert error is not None
                     raise error
-                result = specialization.run(call)
+                call, lacking = specialization.prepare(args, kwargs)
+                if call is None:
+                    continue
+                matching += 1
+                with lacking:
+                    result = specialization.run(call)
             except _Mismatch as mismatch:
                 failed.append(specialization)
                 if mismatch.observed is not None and len(mismatch.observed) > len(observed):
@@ -804,9 +878,10 @@ class CompiledGraph(_C.Caller):
                 reason = f"the capture raises {type(e).__name__}: {e}"
                 return self._eagerly(args, kwargs, reason, surprise=True)
             try:
-                call = specialization.match(args, kwargs)
+                call, lacking = specialization.prepare(args, kwargs)
                 assert call is not None, "a variant does not fit the call it was captured for"
-                return specialization.run(call)
+                with lacking:
+                    return specialization.run(call)
             except _Learned:
                 self._discard(specialization)
                 verify_layouts = True

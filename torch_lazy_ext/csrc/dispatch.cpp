@@ -739,9 +739,8 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
       // Of a custom operator the first run tells.
       recorder.inference_writes[id_of(w.tensor)] += alone ? 0 : 1;
     } else if (
-        w.tensor._version() == w.version &&
-        (fused || op.schema().name().rfind("aten::_foreach_", 0) == 0)) {
-      // Eager's kernel is a loop of in-place operators.
+        w.tensor._version() == w.version && op.schema().name().rfind("aten::_foreach_", 0) == 0) {
+      // Eager's kernel is a loop of in-place operators; a fused one counts nothing.
       w.tensor.unsafeGetTensorImpl()->bump_version();
     }
     const auto watched = recorder.watched.find(storage_of(w.tensor));
