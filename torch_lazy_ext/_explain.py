@@ -5,6 +5,7 @@ Nothing here is needed to capture or to replay.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import inspect
@@ -67,7 +68,8 @@ def explain(
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     flat = _tree.flatten((args, kwargs))
-    with _replay.capture(fn, args, kwargs, flat) as (state, _recorder, lowered, _creations):
+    with contextlib.ExitStack() as undo:
+        state, _recorder, lowered, _creations = _replay.capture(fn, args, kwargs, flat, undo)
         names = _lifted_names(fn, args, kwargs, state, lowered)
     return Explanation(
         text=_text.graph_text(lowered.graph, source=True),

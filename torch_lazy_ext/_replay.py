@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,13 +131,10 @@ class Specialization(_C.Variant):
         surroundings = _C.Surroundings.now()
         modes = surroundings.function_modes
         self._set_surroundings(surroundings, torch.get_default_device() if modes else None)
-        with capture(fn, args, kwargs, flat, verify_layouts) as (
-            state,
-            recorder,
-            lowered,
-            creations,
-        ):
-            self._creations = creations
+        with contextlib.ExitStack() as undo:
+            state, recorder, lowered, self._creations = capture(
+                fn, args, kwargs, flat, undo, verify_layouts
+            )
             self._set_up(fn, flat, compiler, state, recorder, lowered)
 
     def _set_up(
@@ -619,34 +616,37 @@ class _Results:
         return counted
 
 
-@contextlib.contextmanager
 def capture(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     flat: _tree.Flat,
+    undo: contextlib.ExitStack,
     verify_layouts: bool = False,
-) -> Iterator[tuple[_lift.State, _C.Recorder, _lower.Lowered, list[_optimizers.Creation]]]:
-    """Record and lower a program; within, optimizers have the state that its first step creates."""
+) -> tuple[_lift.State, _C.Recorder, _lower.Lowered, list[_optimizers.Creation]]:
+    """Record and lower a program.
+
+    Args:
+        undo: until it is closed, optimizers have the state that the program's first step creates.
+    """
     opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
     creations: list[_optimizers.Creation] = []
     creates = True
-    with contextlib.ExitStack() as undo:
-        while True:
-            state = _lift.State(fn, *opaque)
-            tensors = [t for t, _slots in state.tensors.values()]
-            tensors += [leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor)]
-            if any(map(nn.parameter.is_lazy, tensors)):
-                raise _Uninitialized
-            try:
-                recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts, creates)
-                break
-            except _record.CreatesState as request:
-                creates = all(c.missing() for c in request.creations)
-                if creates:
-                    creations += request.creations
-                    undo.callback(_optimizers.create(request.creations).undo)
-        yield state, recorder, lowered, creations
+    while True:
+        state = _lift.State(fn, *opaque)
+        tensors = [t for t, _slots in state.tensors.values()]
+        tensors += [leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor)]
+        if any(map(nn.parameter.is_lazy, tensors)):
+            raise _Uninitialized
+        try:
+            recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts, creates)
+        except _record.CreatesState as request:
+            creates = all(c.missing() for c in request.creations)
+            if creates:
+                creations += request.creations
+                undo.callback(_optimizers.create(request.creations).undo)
+        else:
+            return state, recorder, lowered, creations
 
 
 def _capture(
