@@ -655,7 +655,7 @@ def _capture(
     kwargs: dict[str, Any],
     state: _lift.State,
     verify_layouts: bool,
-    creates: bool,
+    creates: bool = False,
 ) -> tuple[_C.Recorder, _lower.Lowered]:
     shared: list[torch.Tensor] = []
     while True:
