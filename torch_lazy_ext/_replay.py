@@ -230,8 +230,6 @@ class Specialization(_C.Variant):
                 self._add_tied(slots[0], other)  # they hold one tensor
             if i in members:
                 self._lift_storage()
-            elif id(tensor) in leaf_of and not constant:
-                self._lift_gradient(leaf_of[id(tensor)])
             elif id(tensor) in position and not constant:
                 self._lift_argument(position[id(tensor)])
                 if slots:
@@ -241,10 +239,19 @@ class Specialization(_C.Variant):
                 self._lift_number(place, -1 if element is None else element)
             elif slots:
                 self._lift_slot(slots[0], tensor, lowered.reads_placement)
+            elif id(tensor) in leaf_of and not constant:
+                self._lift_gradient(leaf_of[id(tensor)])
             else:
                 self._lift_fixed(tensor, constant)
+        # A gradient may be an argument as well, or an attribute, or the gradient of two leaves.
+        index_of = {
+            id(tensor): i
+            for i, (tensor, constant, _base) in enumerate(lowered.lifted)
+            if not constant
+        }
         for leaf, grad in lowered.leaves:
-            self._add_gradient_guard(leaf, grad, lowered.reads_placement)
+            index = -1 if grad is None else index_of.get(id(grad), -1)
+            self._add_gradient_guard(leaf, grad, lowered.reads_placement, index)
         lowered.leaves = []
         # Tensors lifted as views of one storage.
         for base, indices in members.items():

@@ -134,6 +134,18 @@ class DifferenceTest(unittest.TestCase):
             for weight in (first, second, first, nn.Parameter(other, requires_grad=False)):
                 self.assertEqual(graph(weight).tolist(), program(weight).tolist())
 
+    def test_gradient_or_another_tensor(self) -> None:
+        weight, other = randn(2).requires_grad_(), randn(2)
+        weight.grad = randn(2)
+
+        def program(x: Tensor) -> Tensor:
+            return x + 2 * weight.grad
+
+        for first, second in ((weight.grad, other), (other, weight.grad)):
+            graph = extract_compiled_graph(program, (first,))
+            for x in (first, second, first, randn(2)):
+                self.assertEqual(graph(x).tolist(), program(x).tolist())
+
     test_conjugate_bit = makefunctiontest(
         lambda x: (x.is_conj(), x.resolve_conj(), x * 2), _conjugated, captures=2, calls=4
     )

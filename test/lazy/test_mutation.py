@@ -18,7 +18,7 @@ from oracle import (
 )
 from torch import Tensor, nn
 
-from torch_lazy_ext import UnsupportedError
+from torch_lazy_ext import UnsupportedError, extract_compiled_graph
 
 
 def randn(*shape: int) -> Tensor:
@@ -727,6 +727,23 @@ class RefusedWriteTest(unittest.TestCase):
             return x, torch.from_numpy(x.numpy())
 
         self.refused(lambda x, y: (x.zero_(), y.any())[1], inputs, "share")
+
+    def test_memory_of_array_in_the_middle_at_replay(self) -> None:
+        x, y = second_row(1, 3), randn(1, 3)
+        for program, args in (
+            (lambda x, y: (x.zero_(), y.any())[1], (x, y)),
+            (lambda y, x: (x.zero_(), y.any())[1], (y, x)),
+        ):
+            graph = extract_compiled_graph(program, args)
+            graph(*args)
+            row = second_row(1, 3)
+            before = row.tolist()
+            part = torch.from_numpy(row.numpy())
+            with self.assertRaisesRegex(UnsupportedError, "share"):
+                graph(*[row if a is x else part for a in args])
+            with self.assertRaisesRegex(UnsupportedError, "share"):
+                graph(*[part if a is x else row for a in args])
+            self.assertEqual(row.tolist(), before)
 
 
 # What is not as eager yet, with the reason; a test of these that passes fails the run.

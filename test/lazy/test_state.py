@@ -548,6 +548,24 @@ def _grad_written(m, x):
     return x
 
 
+def _grad_beside_another_tensor(m, x):
+    return x if m.last is None else x + 2 * m.last + m.weight.grad
+
+
+def _set_grad_and_last(m, i):
+    m.weight.grad = randn(3)
+    m.last = m.weight.grad if i % 2 else randn(3)
+
+
+def _two_grads(m, x):
+    return x if m.weight.grad is None else x + 2 * m.weight.grad + m.child.bias.grad
+
+
+def _set_two_grads(m, i):
+    m.weight.grad = randn(3)
+    m.child.bias.grad = m.weight.grad if i % 2 else randn(3)
+
+
 class InsideChangeTest(unittest.TestCase):
     """What the program changes about its module, a replay changes too."""
 
@@ -600,6 +618,10 @@ class InsideChangeTest(unittest.TestCase):
         captures=None,
         between=lambda m, i: setattr(m.weight, "grad", randn(3) if i % 2 else None),
     )
+    test_grad_is_sometimes_an_attribute = stepping(
+        _grad_beside_another_tensor, captures=3, between=_set_grad_and_last
+    )
+    test_one_grad_or_two = stepping(_two_grads, captures=3, between=_set_two_grads)
     test_grad_written = stepping(_grad_written, captures=None)
     test_kv_cache = stepping(
         _kv_cache, inputs=lambda i: (torch.randn(1, 3), torch.tensor([i])), calls=7

@@ -147,12 +147,16 @@ void Variant::lift_gradient(int64_t leaf) {
   lifted_.push_back({Source::Kind::Gradient, leaf});
 }
 
-void Variant::add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_placement) {
+void Variant::add_gradient_guard(
+    int64_t leaf,
+    const py::object& gradient,
+    bool with_placement,
+    int64_t index) {
   std::optional<TensorGuard> guard;
   if (!gradient.is_none()) {
     guard.emplace(gradient.ptr(), with_placement);
   }
-  gradients_.emplace_back(leaf, std::move(guard));
+  gradients_.push_back({leaf, std::move(guard), index});
 }
 
 void Variant::add_same_object(const py::object& slot, int64_t leaf) {
@@ -299,15 +303,18 @@ std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwa
         break;
     }
   }
-  for (const auto& [leaf, guard] : gradients_) {
+  for (size_t i = 0; i < lifted_.size(); ++i) {
+    if (lifted_[i].kind == Source::Kind::Gradient) {
+      call.tensors[i] = call.tensors[lifted_[i].index].grad();
+    }
+  }
+  for (const auto& [leaf, guard, index] : gradients_) {
     const at::Tensor& gradient = call.tensors[leaf].grad();
     if (guard ? !gradient.defined() || !guard->check(gradient) : gradient.defined()) {
       return std::nullopt;
     }
-  }
-  for (size_t i = 0; i < lifted_.size(); ++i) {
-    if (lifted_[i].kind == Source::Kind::Gradient) {
-      call.tensors[i] = call.tensors[lifted_[i].index].grad();
+    if (index >= 0 && !gradient.is_same(call.tensors[index])) {
+      return std::nullopt;
     }
   }
   return call;
@@ -338,11 +345,7 @@ bool Variant::is_apart(const Call& call) const {
   for (int64_t w : written_) {
     const void* memory = memory_of(call.tensors[w]);
     if (memory != nullptr) {
-      const int64_t owner = group_of_[w] >= 0 ? group_of_[w] : ~w;
-      auto [found, fresh] = owners.try_emplace(memory, owner);
-      if (!fresh && found->second != owner) {
-        return false;
-      }
+      owners.try_emplace(memory, group_of_[w] >= 0 ? group_of_[w] : ~w);
     }
   }
   for (size_t i = 0; i < lifted_.size(); ++i) {

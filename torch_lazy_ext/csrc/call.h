@@ -98,8 +98,10 @@ class Variant {
   void lift_fixed(const std::optional<at::Tensor>& tensor, bool made);
   void lift_storage();
   void lift_gradient(int64_t leaf);
-  // A lifted leaf has no gradient, or one like this.
-  void add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_placement);
+  // A lifted leaf has no gradient, or one like this, which is the lifted tensor `index` unless
+  // that is -1.
+  void
+  add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_placement, int64_t index);
   void add_same_object(const py::object& slot, int64_t leaf);
   void add_group(int64_t base, std::vector<std::pair<int64_t, int64_t>> members, size_t nbytes);
   void set_written(const std::vector<int64_t>& indices);
@@ -138,7 +140,12 @@ class Variant {
   std::vector<Source> lifted_;
   std::vector<std::pair<int64_t, int64_t>> tied_;
   std::vector<std::pair<int64_t, int64_t>> same_objects_; // handle, leaf
-  std::vector<std::pair<int64_t, std::optional<TensorGuard>>> gradients_;
+  struct GradientGuard {
+    int64_t leaf;
+    std::optional<TensorGuard> tensor; // none: there is no gradient
+    int64_t index;
+  };
+  std::vector<GradientGuard> gradients_;
   std::vector<StorageGroup> groups_;
   std::vector<int64_t> group_of_; // -1: on its own
   std::vector<int64_t> written_;
