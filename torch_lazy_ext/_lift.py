@@ -163,7 +163,8 @@ class State:
         self._put: dict[tuple[int, Any], Any] = {}  # what stands in the place of numbers
         self._seen: dict[int, Any] = {}
         self._methods: dict[type, dict[str, types.FunctionType]] = {}
-        self.names = {"forward", "__call__"}
+        # Attributes that functions of the program name, and what PyTorch itself calls.
+        self.names = {"forward", "__call__", "__torch_function__"}
         self._single: list[tuple[Slot, Any]] = []  # cells, globals, attributes in slots
         for root in roots:
             self._walk(root, "")

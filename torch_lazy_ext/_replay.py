@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._device import DeviceContext
 
 from torch_lazy_ext import (
     _C,
@@ -73,6 +74,12 @@ def _no_derivatives(lowered: _lower.Lowered) -> str:
     return ""
 
 
+def _function_modes() -> list[Any]:
+    """Every TorchFunctionMode that is on, the innermost last."""
+    count = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(i) for i in range(count)]
+
+
 class Guard:
     """A value or a shape that the program looked at while it was captured.
 
@@ -128,9 +135,9 @@ class Specialization(_C.Variant):
         # Whatever the C++ half points to: here Python's collector of cycles sees it.
         self._keep: list[Any] = []
         super().__init__(self._keep)
-        surroundings = _C.Surroundings.now()
-        modes = surroundings.function_modes
-        self._set_surroundings(surroundings, torch.get_default_device() if modes else None)
+        modes = _function_modes()
+        devices = [m.device if isinstance(m, DeviceContext) else m for m in modes]
+        self._set_surroundings(_C.Surroundings.now(), devices)
         with contextlib.ExitStack() as undo:
             state, recorder, lowered, self._creations = capture(
                 fn, args, kwargs, flat, undo, verify_layouts
@@ -315,7 +322,8 @@ class Specialization(_C.Variant):
             if self.match(args, kwargs) is None:
                 raise UnsupportedError(_gradients.CHANGED)
             leaves = _tree.flatten((args, kwargs)).leaves
-            state = _lift.State(fn, *(v for v in leaves if not isinstance(v, torch.Tensor)))
+            opaque = [v for v in leaves if not isinstance(v, torch.Tensor)]
+            state = _lift.State(fn, *opaque, *_function_modes())
             return _record.record(fn, args, kwargs, state, []), state
 
     def _written(self, tensors: list[torch.Tensor]) -> set[int]:
@@ -636,7 +644,7 @@ def capture(
     Args:
         undo: until it is closed, optimizers have the state that the program's first step creates.
     """
-    opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)]
+    opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)] + _function_modes()
     creations: list[_optimizers.Creation] = []
     creates = True
     while True:

@@ -261,6 +261,12 @@ class FreshProcessTest(unittest.TestCase):
     def test_users_own_filter_is_kept(self):
         self.run_fresh("warnings.simplefilter('error')")
 
+    def test_functionalization_of_views(self):
+        self.run_fresh(
+            "before = torch._C._functionalization_reapply_views_tls()",
+            "assert torch._C._functionalization_reapply_views_tls() == before",
+        )
+
     def test_lazy_device_initialised_before(self):
         self.run_fresh(
             "import torch._lazy.ts_backend; torch._lazy.ts_backend.init()",
@@ -302,6 +308,38 @@ class Doubling(TorchFunctionMode):
         return result * 2 if func is torch.sin else result
 
 
+class Times(TorchFunctionMode):
+    """A user's mode that changes what a function computes by its attribute."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * self.factor if func is torch.sin else result
+
+
+class DispatchTimes(TorchDispatchMode):
+    """The same of an operator."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * self.factor if func is torch.ops.aten.sin.default else result
+
+
+TIMES = Times(1)
+
+
+def times_changed(i: int) -> Times:
+    TIMES.factor = 2 + i % 2
+    return TIMES
+
+
 class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -340,6 +378,13 @@ class SurroundingsTest(unittest.TestCase):
         captures=2,
         context=lambda i: torch.device("meta") if i % 2 else contextlib.nullcontext(),
     )
+    test_default_device_changes = makefunctiontest(
+        lambda x: (x + 1, torch.zeros(3).device.type),
+        tensors((3,)),
+        calls=4,
+        captures=2,
+        context=lambda i: torch.device(("cpu", "meta")[i % 2]),
+    )
     test_deterministic_algorithms = makefunctiontest(
         lambda x, i: x.index_add(0, i, x),
         lambda: (torch.randn(4, 2), torch.tensor([0, 1, 0, 1])),
@@ -364,6 +409,22 @@ class SurroundingsTest(unittest.TestCase):
         captures=None,
         context=lambda i: Doubling() if i % 2 else contextlib.nullcontext(),
     )
+    test_own_function_modes_in_turn = makefunctiontest(
+        lambda x: torch.sin(x), tensors((3,)), captures=None, context=lambda i: Times(2 + i % 2)
+    )
+    test_attribute_of_own_function_mode = makefunctiontest(
+        lambda x: torch.sin(x), tensors((3,)), calls=4, captures=2, context=times_changed
+    )
+    test_own_dispatch_modes_in_turn = makefunctiontest(
+        lambda x: torch.sin(x), tensors((3,)), context=lambda i: DispatchTimes(2 + i % 2)
+    )
+    test_dispatch_mode_seen = makefunctiontest(
+        lambda x: x + torch._C._len_torch_dispatch_stack(),
+        tensors((3,)),
+        calls=4,
+        captures=2,
+        context=lambda i: Counting() if i % 2 else contextlib.nullcontext(),
+    )
     test_own_function_mode_inside = makefunctiontest(
         lambda x: _under(Doubling(), lambda: torch.sin(x)), tensors((3,))
     )
@@ -386,6 +447,19 @@ class SurroundingsTest(unittest.TestCase):
         x = torch.randn(3)
         with Counting():
             self.assertTrue(torch.equal(graph(x), x.sin() + 1))
+
+    def test_backward_of_a_capture_under_own_dispatch_mode(self):
+        x = torch.randn(3, requires_grad=True)
+        with DispatchTimes(2):
+            graph = extract_compiled_graph(torch.cos, (x,))
+        for forward, backward in ((2, 1), (2, 2), (3, 1), (1, 3)):
+            gradients = []
+            for function in (graph, torch.cos):
+                with DispatchTimes(forward):
+                    result = function(x).sum()
+                with DispatchTimes(backward):
+                    gradients.append(torch.autograd.grad(result, x)[0].tolist())
+            self.assertEqual(*gradients)
 
     def test_program_under_users_dispatch_mode(self):
         with Counting() as mode:
@@ -473,6 +547,32 @@ class ThreadTest(unittest.TestCase):
 
         self.in_threads(replay)
         self.assertEqual(len(graph.specializations), 1)
+
+    def test_others_run_python_during_a_replay(self):
+        def program(x):
+            for _ in range(30):
+                x = x.sin()
+            return x
+
+        x = torch.randn(1_000_000)
+        graph = extract_compiled_graph(program, (x,))
+        graph(x)
+        started, done = threading.Event(), threading.Event()
+
+        def replay():
+            started.set()
+            graph(x)
+            done.set()
+
+        thread = threading.Thread(target=replay)
+        thread.start()
+        started.wait()
+        turns = 0
+        while not done.is_set():
+            time.sleep(0.001)
+            turns += 1
+        thread.join()
+        self.assertGreater(turns, 5)
 
     def test_replay_of_many_variants_in_threads(self):
         graph = extract_compiled_graph(lambda x, k: x * k + x.shape[0], (torch.randn(1), 0))

@@ -1,6 +1,8 @@
 #include "call.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/CPUAllocator.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind.h>
 
@@ -86,10 +88,12 @@ void Variant::set_arguments(const py::object& spec, const py::list& leaves, bool
   arguments_.emplace(spec, leaves, with_placement, k);
 }
 
-void Variant::set_surroundings(const Surroundings& now, const py::object& default_device) {
+void Variant::set_surroundings(const Surroundings& now, const py::list& function_modes) {
   surroundings_ = now;
-  keep().append(default_device);
-  default_device_ = default_device.ptr();
+  for (const py::handle& mode : function_modes) {
+    keep().append(mode);
+    function_modes_.push_back(mode.ptr());
+  }
 }
 
 void Variant::add_value(const py::object& slot, const py::object& expected) {
@@ -237,16 +241,32 @@ Result Variant::parse_result(const py::tuple& tree) {
 
 // --------------------------------------------------------------------- matching
 
+// As many as there were are on. A mode is another program each, and its attributes are guarded like
+// the program's; the contexts of one device are alike.
+bool Variant::has_function_modes() const {
+  const py::object device_context = from("torch.utils._device", "DeviceContext");
+  for (size_t i = 0; i < function_modes_.size(); ++i) {
+    const py::handle mode =
+        at::impl::PythonTorchFunctionTLS::get_stack_at(static_cast<int64_t>(i))
+            ->ptr(getPyInterpreter());
+    const py::handle expected = function_modes_[i];
+    const bool as_before = py::type::handle_of(mode).is(device_context)
+        ? py::object(mode.attr("device")).equal(expected)
+        : mode.is(expected);
+    if (!as_before) {
+      return false;
+    }
+  }
+  return true;
+}
+
 std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwargs) {
   const Surroundings now = Surroundings::now();
   if (stale || !(now == surroundings_)) {
     return std::nullopt;
   }
-  if (now.function_modes > 0) {
-    const py::object device = from("torch", "get_default_device")();
-    if (!device.equal(py::handle(default_device_))) {
-      return std::nullopt;
-    }
+  if (now.function_modes > 0 && !has_function_modes()) {
+    return std::nullopt;
   }
   Call call;
   call.args = py::reinterpret_borrow<py::object>(args);
@@ -657,8 +677,7 @@ PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
 
 void bind_call(py::module_& m) {
   py::class_<Surroundings>(m, "Surroundings")
-      .def_static("now", &Surroundings::now)
-      .def_readonly("function_modes", &Surroundings::function_modes);
+      .def_static("now", &Surroundings::now);
   py::class_<Call>(m, "Call");
   py::class_<Variant>(m, "Variant")
       .def(py::init<py::list>())

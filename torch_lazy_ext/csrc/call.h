@@ -85,7 +85,9 @@ class Variant {
 
   // Setting up, from Python.
   void set_arguments(const py::object& spec, const py::list& leaves, bool with_placement);
-  void set_surroundings(const Surroundings& surroundings, const py::object& default_device);
+  // Function modes: each mode that is on, or the device that a torch.device(...) makes the
+  // default.
+  void set_surroundings(const Surroundings& surroundings, const py::list& function_modes);
   void add_value(const py::object& slot, const py::object& expected);
   void add_size(const py::object& container, Py_ssize_t size);
   void add_order(const py::object& dict, const py::list& keys);
@@ -120,6 +122,7 @@ class Variant {
 
  private:
   Keep keep() const { return py::reinterpret_borrow<py::list>(keep_); }
+  bool has_function_modes() const;
   bool gather(Call& call);
   bool is_apart(const Call& call) const;
   bool overlaps_in_part(const Call& call) const;
@@ -134,7 +137,7 @@ class Variant {
 
   PyObject* keep_; // a list that the Python half holds
   Surroundings surroundings_{};
-  PyObject* default_device_ = nullptr;
+  std::vector<PyObject*> function_modes_; // borrowed
   std::optional<ArgumentGuard> arguments_;
   StateGuard state_;
   std::vector<Source> lifted_;

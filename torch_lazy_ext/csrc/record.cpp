@@ -207,6 +207,15 @@ at::Tensor layout_of(const at::Tensor& t) {
   return memory.as_strided(t.sizes(), t.strides(), t.storage_offset());
 }
 
+// A TorchDispatchMode of the caller sees the operators of each run of the graph. What it makes of
+// those of the capture would be recorded, and be made once more.
+const DispatchKeySet dispatch_mode_keys({DispatchKey::Python, DispatchKey::PythonTLSSnapshot});
+
+void exclude_dispatch_modes(bool on) {
+  c10::impl::tls_set_dispatch_key_excluded(DispatchKey::Python, on);
+  c10::impl::tls_set_dispatch_key_excluded(DispatchKey::PythonTLSSnapshot, on);
+}
+
 } // namespace
 
 void Recorder::enter() {
@@ -218,6 +227,8 @@ void Recorder::enter() {
   dispatch_modes = c10::impl::TorchDispatchModeTLS::stack_len();
   previous_reapply_ = fi::getFunctionalizationReapplyViewsTLS();
   fi::setFunctionalizationReapplyViewsTLS(true);
+  modes_were_excluded_ = c10::impl::tls_is_dispatch_key_excluded(DispatchKey::Python);
+  exclude_dispatch_modes(true);
   set_included(true);
 }
 
@@ -229,6 +240,7 @@ void Recorder::exit() {
   finished_ = true;
   current_recorder = capturing_recorder = nullptr;
   set_included(false);
+  exclude_dispatch_modes(modes_were_excluded_);
   fi::setFunctionalizationReapplyViewsTLS(previous_reapply_);
   for (auto& [impl, before] : layouts_) {
     set_layout(*impl, before.sizes, before.strides, before.storage_offset);
@@ -242,7 +254,9 @@ Recorder::Resume::Resume(Recorder& recorder, bool lifting)
       include_(
           DispatchKeySet({DispatchKey::Fake, DispatchKey::Functionalize}) |
           (lifting ? DispatchKeySet(DispatchKey::DeferredInit) : DispatchKeySet())),
-      exclude_(lifting ? DispatchKeySet() : DispatchKeySet(DispatchKey::DeferredInit)) {
+      exclude_(
+          dispatch_mode_keys |
+          (lifting ? DispatchKeySet() : DispatchKeySet(DispatchKey::DeferredInit))) {
   current_recorder = &recorder;
   fi::setFunctionalizationReapplyViewsTLS(true);
 }

@@ -227,6 +227,7 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   bool inference_failed_ = false; // the last meta kernel raised an error about its arguments
   at::ScalarType default_dtype_ = at::kFloat; // when the capture began
   bool previous_reapply_ = false;
+  bool modes_were_excluded_ = false;
   bool entered_ = false;
   bool finished_ = false;
 };
