@@ -518,6 +518,7 @@ class MemoryFormatTest(unittest.TestCase):
     )
     test_group_norm = maketest(lambda: nn.GroupNorm(2, 4), channels_last(2, 4, 3, 3), exact=False)
     test_max_pool = maketest(lambda: nn.MaxPool2d(2), channels_last(2, 3, 4, 6))
+    test_max_pool_of_many_channels = maketest(lambda: nn.MaxPool2d(2), tensors((2, 16, 16, 16)))
     test_average_pool = maketest(lambda: nn.AvgPool2d(2), channels_last(2, 3, 4, 6), exact=False)
     test_adaptive_pool = maketest(
         lambda: nn.AdaptiveAvgPool2d(2), channels_last(2, 3, 4, 6), exact=False
@@ -558,6 +559,9 @@ class MemoryFormatTest(unittest.TestCase):
     test_one_channel_is_ambiguous = makefunctiontest(
         lambda x: (x + 1, x.is_contiguous(memory_format=torch.channels_last)),
         channels_last(2, 1, 4, 5),
+    )
+    test_sum_of_what_has_one_channel_last = makefunctiontest(
+        lambda x: x.clone(memory_format=torch.channels_last) + x, tensors((2, 1, 3, 4))
     )
     test_channels_last_3d = makefunctiontest(
         lambda x: x * 2 + 1,

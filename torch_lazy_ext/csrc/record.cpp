@@ -1223,8 +1223,8 @@ namespace {
 
 enum class Agreement { Full, Strides, Sizes };
 
-// Strides: these differ, or the dtypes; those of dimensions of size 1 and of empty
-// tensors decide nothing. Sizes: some of these differ, or what there is at all.
+// Strides: these differ, or the dtypes; those of empty tensors decide nothing. Sizes: some of these
+// differ, or what there is at all.
 Agreement compare(const std::vector<TensorMeta>& real, const std::vector<TensorMeta>& inferred) {
   if (real.size() != inferred.size()) {
     return Agreement::Sizes;
@@ -1242,12 +1242,8 @@ Agreement compare(const std::vector<TensorMeta>& real, const std::vector<TensorM
       continue;
     }
     same = same && a.dtype == b.dtype && a.conj == b.conj && a.neg == b.neg;
-    if (std::find(a.sizes.begin(), a.sizes.end(), 0) != a.sizes.end()) {
-      continue;
-    }
-    for (size_t d = 0; d < a.sizes.size(); ++d) {
-      same = same && (a.sizes[d] == 1 || a.strides[d] == b.strides[d]);
-    }
+    const bool empty = std::find(a.sizes.begin(), a.sizes.end(), 0) != a.sizes.end();
+    same = same && (empty || a.strides == b.strides);
   }
   return !sizes_agree ? Agreement::Sizes : same ? Agreement::Full : Agreement::Strides;
 }
