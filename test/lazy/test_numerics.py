@@ -171,20 +171,35 @@ class WrappedNumberTest(unittest.TestCase):
         tensors((2, 3)),
     )
     test_neighbouring_constants = makefunctiontest(
-        lambda x: (
-            x.double() * 0.1,
-            x.double() * 0.10000000000000002,
-            x.double() * math.nextafter(0.1, 0),
+        lambda x: _read(
+            *(x.double() * k for k in NEIGHBOURS),
+            *(torch.add(x.double(), x.double(), alpha=k) for k in NEIGHBOURS),
         ),
         tensors((2, 3)),
     )
     test_equal_numbers_of_other_types = makefunctiontest(
-        lambda x: (x.int() * 1, x.int() * 1.0, x.int() * True, x.int() * (1 + 0j)), tensors((2, 3))
-    )
-    test_signed_zero_constants = makefunctiontest(
-        lambda x: (x * 0.0, x * -0.0, torch.full((1,), 0.0), torch.full((1,), -0.0)),
+        lambda x: _read(
+            *(x.int() * one for one in (1, 1.0, True, 1 + 0j)),
+            *(x.int() * zero for zero in (0, 0.0, False, 0j)),
+            *(torch.full((2,), one) for one in (1, 1.0, True, 1 + 0j)),
+        ),
         tensors((2, 3)),
     )
+    test_numbers_of_equal_bits = makefunctiontest(
+        lambda x: _read(x.double() * 1.0, x.double() * 0x3FF0000000000000), tensors((2, 3))
+    )
+    test_signed_zero_constants = makefunctiontest(
+        lambda x: _read(x * 0.0, x * -0.0, torch.full((1,), 0.0), torch.full((1,), -0.0)),
+        tensors((2, 3)),
+    )
+
+
+NEIGHBOURS = (0.1, 0.10000000000000002, math.nextafter(0.1, 0))
+
+
+def _read(*values):
+    """Copies: values of the graph that are no results become one where they are equal."""
+    return tuple(v.clone() for v in values)
 
 
 def _float32(x):
@@ -259,6 +274,9 @@ del DIVISIONS["divmod"]
 class DivisionTest(unittest.TestCase):
     """Division in each rounding mode, on signed integers and on special values."""
 
+    test_two_rounding_modes = makefunctiontest(
+        lambda x, y: _read(*(torch.div(x, y, rounding_mode=m) for m in ("floor", "trunc"))), signed
+    )
     test_by_zero_integer = makefunctiontest(lambda x, y: x // (y - y), signed, captures=None)
     test_integer_true_division = makefunctiontest(lambda x, y: (x / y, x.byte() / 2), signed)
     test_shifts = makefunctiontest(lambda x, y: (x << 2, x >> 1, x & y, x | y, x ^ 3, ~x), signed)

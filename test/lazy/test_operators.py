@@ -772,6 +772,14 @@ class RegionTest(unittest.TestCase):
         exact=False,
         context=lambda i: torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(i % 2)),
     )
+    test_autocast_dtype_around_the_call = makefunctiontest(
+        lambda x, y: x @ y,
+        tensors((3, 4), (4, 4)),
+        calls=4,
+        captures=2,
+        exact=False,
+        context=lambda i: torch.autocast("cpu", dtype=(torch.bfloat16, torch.float16)[i % 2]),
+    )
     test_autocast_module = maketest(
         lambda: _Autocast(
             nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 2))

@@ -155,6 +155,10 @@ FILLS = {
 class LayoutTest(unittest.TestCase):
     """Numbers drawn into a tensor that is there go to the places that eager puts them in."""
 
+    test_rrelu_of_transposed = makefunctiontest(
+        lambda x: F.rrelu(x.t(), training=True), tensors((3, 4))
+    )
+
 
 def _fill(layout: Any, fill: Any) -> Any:
     return lambda x: (fill(layout(x)), x.sum(), torch.rand(2))
@@ -248,6 +252,12 @@ def _random_value_read(x):
     return x + 1 if torch.rand(()).item() < 0.5 else x - 1
 
 
+def _random_values_read(x):
+    for _ in range(3):
+        x = _random_value_read(x)
+    return x
+
+
 def _random_size(x):
     return torch.zeros(int(torch.randint(1, 4, ()).item()))
 
@@ -281,6 +291,7 @@ class OrderTest(unittest.TestCase):
     test_masked_noise = makefunctiontest(_masked_noise, X)
     test_random_index = makefunctiontest(_random_index, X)
     test_random_value_read = makefunctiontest(_random_value_read, X, calls=10, captures=2)
+    test_random_values_read = makefunctiontest(_random_values_read, X, calls=12, captures=8)
     test_random_size = makefunctiontest(_random_size, X, calls=10, captures=3)
     test_data_branch_after_drawing = makefunctiontest(
         _data_branch_after_drawing,
