@@ -301,15 +301,11 @@ class Capture:
             )
 
     def unwrap(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # `apply` itself may have been looked up before the capture; it calls this.
+        # No operator: a custom autograd.Function would be given the user's own tensors. Its `apply`
+        # calls this, and may have been looked up before the capture.
         twins = (self.recorder.twin_of(a) if self.owns(a) else a for a in args)
         unwrapped: tuple[Any, ...] = func(tuple(twins))
         return unwrapped
-
-    def apply(self, func: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # No operator: a custom autograd.Function would be given the user's own tensors.
-        twins = [self.recorder.twin_of(a) if self.owns(a) else a for a in args]
-        return func(cls, *twins, **kwargs)
 
     def manual_seed(self, func: Any, seed: Any) -> torch.Generator:
         return self.generators.stand_in(_generators.DEFAULT).manual_seed(int(seed))
@@ -783,8 +779,6 @@ def _install() -> None:
     for cls in (torch.nn.Module, torch.optim.Optimizer):
         replace(cls, "zero_grad", _function(cls.zero_grad, Capture.zero_grad))
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
-    apply = vars(torch.autograd.Function)["apply"].__func__
-    replace(torch.autograd.Function, "apply", classmethod(_function(apply, Capture.apply)))
     unwrap = _function(_functorch_utils.unwrap_dead_wrappers, Capture.unwrap)
     replace(_functorch_utils, "unwrap_dead_wrappers", unwrap)
     for name, handler in _FROM_ARRAY.items():

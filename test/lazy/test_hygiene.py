@@ -25,7 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_lazy_ext import ExtractionError, extract_compiled_graph, ts_backend
+from torch_lazy_ext import ExtractionError, UnsupportedError, extract_compiled_graph, ts_backend
 
 refusals: list[bool] = []
 
@@ -606,6 +606,24 @@ class ThreadTest(unittest.TestCase):
 
         self.in_threads(extract)
 
+    def test_gradient_of_another_thread_of_the_program(self):
+        """What such a thread computes is eager: it would reach the user's own gradients."""
+        weight = torch.ones(3, requires_grad=True)
+
+        def backward():
+            with torch.enable_grad():
+                (weight * 2).sum().backward()
+
+        def program(x):
+            thread = threading.Thread(target=backward)
+            thread.start()
+            thread.join()
+            return x + 1
+
+        with self.assertRaisesRegex(UnsupportedError, r"backward\(\) reaches"):
+            extract_compiled_graph(program, (torch.ones(3),))
+        self.assertIsNone(weight.grad)
+
     def test_extract_one_module_in_threads(self):
         """The module is never seen in a half-captured state by another thread's eager call."""
         m = nn.BatchNorm1d(4).eval()
@@ -776,6 +794,13 @@ def _in_child(graph: Any, x: torch.Tensor, connection: Any) -> None:
 
 class LifetimeTest(unittest.TestCase):
     """Forks, memory, and what is kept alive."""
+
+    def test_variants_beyond_the_limit_are_dropped(self):
+        graph = extract_compiled_graph(lambda x: x + 1, (torch.ones(1),), limit=2)
+        for size in (1, 2, 3, 1, 4):
+            self.assertEqual(graph(torch.ones(size)).tolist(), [2] * size)
+            self.assertEqual(graph.graph.findNode("aten::add").output().type().sizes(), [size])
+        self.assertEqual(len(graph.specializations), 2)
 
     def test_fork_after_extraction(self):
         threads = torch.get_num_threads()

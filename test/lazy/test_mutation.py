@@ -721,6 +721,9 @@ class RefusedWriteTest(unittest.TestCase):
             "numpy array",
         )
 
+    def test_row_of_an_expanded_argument(self) -> None:
+        self.refused(lambda x: x[0].mul_(2), lambda: (randn(3).expand(2, 3),), "expanded")
+
     def test_memory_of_array_in_the_middle(self) -> None:
         def inputs():
             x = second_row(1, 3)

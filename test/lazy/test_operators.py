@@ -675,6 +675,41 @@ class _WithFunction(nn.Module):
         return Doubles.apply(x, self.weight)
 
 
+class Weighs(torch.autograd.Function):
+    """One that functorch's transforms take."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight):
+        return x * weight
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad * weight * 3, grad * x * 2
+
+
+class _FunctionUnderTransforms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        def gradient(row):
+            return torch.func.grad(lambda r: Weighs.apply(r, self.weight).sum())(row)
+
+        # The weight is met inside of the transform.
+        whole = gradient(x)
+        mapped = torch.vmap(lambda row: Weighs.apply(row, self.weight))(x)
+        _, pull = torch.func.vjp(lambda weight: Weighs.apply(x, weight), self.weight)
+        return whole, mapped, torch.vmap(gradient)(x), pull(x)
+
+
 def _vmap_in_dims(x, y):
     return torch.vmap(lambda a, b: a @ b, in_dims=(0, 1), out_dims=1)(x, y)
 
@@ -841,6 +876,10 @@ class RegionTest(unittest.TestCase):
         lambda x: (torch.set_grad_enabled(True), x + 1)[1], tensors((2, 3))
     )
     test_autograd_function = maketest(_WithFunction, tensors((2, 3)))
+    test_autograd_function_under_transforms = maketest(_FunctionUnderTransforms, tensors((2, 3)))
+    test_autograd_function_under_transforms_with_gradients = maketest(
+        _FunctionUnderTransforms, tensors((2, 3)), grad=True
+    )
     test_autograd_function_of_argument = makefunctiontest(
         lambda x: Doubles.apply(x, 3.0), tensors((2, 3))
     )
