@@ -246,9 +246,8 @@ Result Variant::parse_result(const py::tuple& tree) {
 bool Variant::has_function_modes() const {
   const py::object device_context = from("torch.utils._device", "DeviceContext");
   for (size_t i = 0; i < function_modes_.size(); ++i) {
-    const py::handle mode =
-        at::impl::PythonTorchFunctionTLS::get_stack_at(static_cast<int64_t>(i))
-            ->ptr(getPyInterpreter());
+    const py::handle mode = at::impl::PythonTorchFunctionTLS::get_stack_at(static_cast<int64_t>(i))
+                                ->ptr(getPyInterpreter());
     const py::handle expected = function_modes_[i];
     const bool as_before = py::type::handle_of(mode).is(device_context)
         ? py::object(mode.attr("device")).equal(expected)
@@ -676,8 +675,7 @@ PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
 }
 
 void bind_call(py::module_& m) {
-  py::class_<Surroundings>(m, "Surroundings")
-      .def_static("now", &Surroundings::now);
+  py::class_<Surroundings>(m, "Surroundings").def_static("now", &Surroundings::now);
   py::class_<Call>(m, "Call");
   py::class_<Variant>(m, "Variant")
       .def(py::init<py::list>())
