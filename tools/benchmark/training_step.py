@@ -2,16 +2,17 @@
 
     python tools/benchmark/training_step.py [mlp transformer ...] [--contestants eager ...]
 
-Each contestant runs in a process of its own. Peak memory is the high-water mark of the resident set
-while steps run, after the first ones, above what it was before the first step (Linux only).
-`compile model` compiles the model alone and runs backward and optimizer as they are; `compile step`
-compiles the whole function.
+Steps are timed in one process, the contestants taking turns, and the medians are compared. Peak memory
+is that of a process with one contestant alone: the high-water mark of the resident set while steps run,
+after the first ones, above what it was before the first step (Linux only). `compile model` compiles the
+model alone and runs backward and optimizer as they are; `compile step` compiles the whole function.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -81,9 +82,8 @@ def forget_the_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(name: str, contestant: str, seconds: float) -> dict[str, Any]:
+def make_step(name: str, contestant: str) -> Callable[[], Tensor]:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     model, batch = MODELS[name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     callee: Callable[..., Tensor] = model
@@ -98,9 +98,6 @@ def measure(name: str, contestant: str, seconds: float) -> dict[str, Any]:
         return loss.detach()
 
     step: Callable[..., Tensor] = train_step
-    forget_the_peak()
-    before = resident("VmRSS")
-    begin = time.perf_counter()
     if contestant == "compile step":
         step = torch.compile(train_step)
     elif contestant.startswith("extracted"):
@@ -110,40 +107,73 @@ def measure(name: str, contestant: str, seconds: float) -> dict[str, Any]:
         step = extract_compiled_graph(train_step, batch, backend=backend)
     for _ in range(4):
         step(*batch)
+    return lambda: step(*batch)
+
+
+def measure_times(name: str, contestants: list[str], seconds: float) -> dict[str, Any]:
+    """The median time of a step, in seconds, of each contestant."""
+    steps = {contestant: make_step(name, contestant) for contestant in contestants}
+    times: dict[str, list[float]] = {contestant: [] for contestant in contestants}
+    end = time.perf_counter() + seconds * len(contestants)
+    while time.perf_counter() < end:
+        for contestant, step in steps.items():
+            for _ in range(4):
+                begin = time.perf_counter()
+                step()
+                times[contestant].append(time.perf_counter() - begin)
+    return {contestant: statistics.median(t) for contestant, t in times.items()}
+
+
+def measure_memory(name: str, contestant: str, seconds: float) -> dict[str, Any]:
+    """The peak, in MiB, and how long the first four steps took, in seconds."""
+    torch.manual_seed(0)
+    forget_the_peak()
+    before = resident("VmRSS")
+    begin = time.perf_counter()
+    step = make_step(name, contestant)
     ready = time.perf_counter() - begin
     forget_the_peak()
-    count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        step(*batch)
-        count += 1
-    rate = count / (time.perf_counter() - begin)
-    peak = resident("VmHWM") - before
-    return {"steps per second": rate, "peak MiB": peak, "first four steps s": ready}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        step()
+    return {"peak": resident("VmHWM") - before, "ready": ready}
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, *arguments, "--here"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="model")
     parser.add_argument("--contestants", nargs="*", default=list(CONTESTANTS))
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--one", action="store_true", help="measure here, and print JSON")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each contestant")
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        result = measure(options.models[0], options.contestants[0], options.seconds)
-        print(json.dumps(result))
+    contestants, seconds = options.contestants, options.seconds
+    if options.here:
+        torch.set_num_threads(1)
+        name = options.models[0]
+        if options.memory:
+            print(json.dumps(measure_memory(name, contestants[0], seconds)))
+        else:
+            print(json.dumps(measure_times(name, contestants, seconds)))
         return
     for name in options.models:
-        for contestant in options.contestants:
-            command = [sys.executable, __file__, name, "--contestants", contestant, "--one"]
-            command += ["--seconds", str(options.seconds)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                print(f"{name:12} {contestant:20} failed: {done.stderr.strip().splitlines()[-1]}")
-                continue
-            r = json.loads(done.stdout.splitlines()[-1])
+        common = [name, "--seconds", str(seconds), "--contestants"]
+        times = in_a_process(*common, *contestants)
+        for contestant in contestants:
+            memory = in_a_process(*common, contestant, "--memory")
             print(
-                f"{name:12} {contestant:20} {r['steps per second']:9.1f} steps/s "
-                f"{r['peak MiB']:8.1f} MiB above the start {r['first four steps s']:7.2f} s "
+                f"{name:12} {contestant:20} {1 / times[contestant]:9.1f} steps/s "
+                f"{times[contestants[0]] / times[contestant]:6.2f} x {contestants[0]} "
+                f"{memory['peak']:8.1f} MiB above the start {memory['ready']:7.2f} s "
                 "for the first four",
                 flush=True,
             )
