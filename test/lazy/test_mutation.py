@@ -249,6 +249,10 @@ class OutTest(unittest.TestCase):
     test_out_argument_is_resized = makefunctiontest(
         lambda x, y: torch.add(x, 1, out=y), lambda: (randn(2, 3), torch.empty(0))
     )
+    test_solve_triangular_contiguous = makefunctiontest(
+        lambda a, b, x: torch.linalg.solve_triangular(a, b, upper=True, out=x),
+        lambda: (randn(16, 16).triu() + 4 * torch.eye(16), randn(16, 12), torch.empty(16, 12)),
+    )
 
 
 for _name, _program in OUT.items():

@@ -456,6 +456,9 @@ bool has_no_functional_variant(const c10::OperatorHandle& op, const Stack& stack
   static const std::unordered_set<std::string> by_layout = {
       "aten::addbmm_", "aten::_softmax", "aten::_log_softmax"};
   const bool random = op.hasTag(at::Tag::nondeterministic_seeded);
+  if (schema.is_mutable() && schema.name() == "aten::linalg_solve_triangular") {
+    return true; // it solves the transposed system where `out` is contiguous
+  }
   if (schema.is_mutable() && (random || by_layout.count(schema.name()) != 0) &&
       (functionalized || !composite)) {
     // Which number goes where depends on how the tensor lies in memory; the functional variant
