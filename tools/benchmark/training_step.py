@@ -2,10 +2,11 @@
 
     python tools/benchmark/training_step.py [mlp transformer ...] [--contestants eager ...]
 
-Steps are timed in one process, the contestants taking turns, and the medians are compared. Peak memory
-is that of a process with one contestant alone: the high-water mark of the resident set while steps run,
-after the first ones, above what it was before the first step (Linux only). `compile model` compiles the
-model alone and runs backward and optimizer as they are; `compile step` compiles the whole function.
+Steps are timed in one process, the contestants taking turns, and the medians are compared. Peak
+memory is that of a process with one contestant alone: the high-water mark of the resident set while
+steps run, after the first ones, above what it was before the first step (Linux only). `compile
+model` compiles the model alone and runs backward and optimizer as they are; `compile step` compiles
+the whole function.
 """
 
 import argparse
