@@ -288,7 +288,8 @@ class Lowered:
         former: sources of memory that a tensor had before the assignment to its `.data`.
         leaves: (lifted index of a leaf, its gradient or None): what the gradient was like.
         gradients: (lifted index of a leaf, source): assignments to `tensor.grad`.
-        overwritten: indices of leaves whose gradient the program set without looking at it.
+        overwritten: indices of leaves whose gradient the program sets without having looked at it,
+            and before anything can fail.
         required: (lifted index, whether): assignments to `tensor.requires_grad`.
         spent: (root, error): results whose backward has run; another one raises the error.
         makes_generators: whether it draws from generators of its own: one run at a time.
@@ -428,7 +429,9 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         leaves=leaves,
         gradients=gradients,
         overwritten=[
-            sources.lifted[id(t)] for t, _before, _grad, seen in recording.gradients if not seen
+            sources.lifted[id(t)]
+            for t, _before, _grad, seen in recording.gradients
+            if not seen and id(t) in recording.replaced
         ],
         required=[(sources.lifted[id(t)], now) for t, now in recording.required],
         spent=spent,

@@ -44,6 +44,8 @@ class Capture:
         gradients: id of a leaf -> the leaf, the gradient that it had before the program, and
             whether the program saw that one (not if it only set another).
         required: id of a tensor -> the tensor, for those whose `requires_grad` the program set.
+        replaced: id of a leaf -> how many nodes there were when the program set its gradient without
+            having seen it.
         ran_backward: whether the program called `backward()`.
         generators: the generators that the program was given or made.
         creations: the state that steps of optimizers made.
@@ -60,6 +62,7 @@ class Capture:
         self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
         self.required: dict[int, torch.Tensor] = {}
         self.ran_backward = False
+        self.replaced: dict[int, int] = {}
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
         self.data_parallel = _collectives.DataParallel(self.adopt)
         self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, numbers drawn so far
@@ -393,6 +396,8 @@ class Capture:
             value = (self.recorder.twin_of(value[0]),)
         if leaf is None or not leaf.is_leaf:
             return func(tensor, *value)
+        if id(leaf) not in self.gradients:
+            self.replaced[id(leaf)] = len(self.recorder)
         twin = self.adopt(leaf, seen=False)
         return func(twin, *value)
 
@@ -861,6 +866,7 @@ class Recording:
         arrays: the arrays over the memory of tensors.
         gradients: leaves whose gradient the program read or set: the leaf, its gradient before
             the program, what it is afterwards, and whether the program saw the one before.
+        replaced: ids of leaves whose gradient the program set before it called any operator.
         required: tensors whose `requires_grad` the program changed, and what it is now.
         ran_backward: whether the program called `backward()`.
         modes: (how to set it, to what), for the modes that the program left changed.
@@ -880,6 +886,7 @@ class Recording:
         self.gradients: list[
             tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]
         ] = []
+        self.replaced: set[int] = set()
         self.required: list[tuple[torch.Tensor, bool]] = []
         self.ran_backward = False
         self.modes: list[tuple[Callable[[Any], object], Any]] = []
@@ -1036,6 +1043,9 @@ def record(
         (t, before, recorder.twin_of(t).grad, seen)
         for t, before, seen in capture.gradients.values()
     ]
+    count = len(recorder)
+    first = next((i for i in range(count) if recorder.node_info(i)[0] != "lifted"), count)
+    recording.replaced = {leaf for leaf, begin in capture.replaced.items() if begin <= first}
     recording.ran_backward = capture.ran_backward
     recording.required = [
         (t, required)

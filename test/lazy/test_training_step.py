@@ -650,6 +650,36 @@ class LoopTest(TrainingTestCase):
             graph(x, y)
             self.assertEqual(difference(oracle.state(), training.state()), "", name)
 
+    def test_later_call_fails(self) -> None:
+        """Gradients stay where the program fails before it replaces them."""
+
+        def forward_first(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
+            def step(x: Tensor, y: Tensor) -> Tensor:
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                return loss
+
+            return step
+
+        adam = lambda p: torch.optim.Adam(p, lr=0.05)  # noqa: E731
+        for step_of in (forward_first, plain):
+            torch.manual_seed(0)
+            oracle = looped(step_of, adam)()
+            torch.manual_seed(0)
+            training = looped(step_of, adam)()
+            graph = extract_compiled_graph(training.step, mlp_inputs())
+            for i in range(6):
+                x, y = mlp_inputs()
+                for step in (oracle.step, graph):
+                    if i % 2:
+                        self.assertRaises(IndexError, step, x, y + 7)
+                    else:
+                        step(x, y)
+                self.assertEqual(difference(oracle.state(True), training.state(True)), "")
+            self.assertEqual(len(graph.specializations), 1)
+
     def test_two_shapes(self) -> None:
         """Graphs of two shapes were captured, and either may come first."""
         adam = lambda p: torch.optim.Adam(p, lr=0.05)  # noqa: E731
