@@ -44,8 +44,8 @@ class Capture:
         gradients: id of a leaf -> the leaf, the gradient that it had before the program, and
             whether the program saw that one (not if it only set another).
         required: id of a tensor -> the tensor, for those whose `requires_grad` the program set.
-        replaced: id of a leaf -> how many nodes there were when the program set its gradient without
-            having seen it.
+        replaced: id of a leaf -> how many nodes there were when the program set its gradient, which
+            it had not seen.
         ran_backward: whether the program called `backward()`.
         generators: the generators that the program was given or made.
         creations: the state that steps of optimizers made.
