@@ -836,8 +836,7 @@ class _Side:
                     str(value.dtype),
                     tuple(value.shape),
                     _strides(value),
-                    # Where an empty tensor lies follows from strides that are left to chance.
-                    value.storage_offset() if value.numel() else 0,
+                    value.storage_offset(),
                     value.requires_grad,
                     value.is_conj(),
                     value.is_neg(),
