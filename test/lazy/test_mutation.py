@@ -401,6 +401,21 @@ class MetadataTest(unittest.TestCase):
     test_resize_by_a_number = makefunctiontest(
         lambda x, n: x.resize_(n).fill_(2), lambda i: (randn(3), i + 2), captures=None
     )
+    def test_write_beside_the_argument(self) -> None:
+        """`as_strided` counts from the begin of the storage, whatever part of it the tensor is."""
+
+        def program(x: torch.Tensor) -> torch.Tensor:
+            return x.as_strided((2,), (1,), 1).add_(1)
+
+        def part(i: int) -> torch.Tensor:
+            return torch.arange(12.0)[i % 3 + 2 :][:4]
+
+        graph = extract_compiled_graph(program, (part(0),))
+        for i in range(6):
+            theirs, ours = part(i), part(i)
+            self.assertEqual(program(theirs).tolist(), graph(ours).tolist())
+            self.assertEqual(theirs.untyped_storage().tolist(), ours.untyped_storage().tolist())
+
     test_offset_moved = writing(lambda x, y: x.as_strided_((2, 2), (2, 1), 1).mul_(2))
     test_offset_of_slice_moved = makefunctiontest(
         lambda x: x.as_strided_((2, 2), (2, 1), x.storage_offset() + 3),
