@@ -401,6 +401,7 @@ class MetadataTest(unittest.TestCase):
     test_resize_by_a_number = makefunctiontest(
         lambda x, n: x.resize_(n).fill_(2), lambda i: (randn(3), i + 2), captures=None
     )
+
     def test_write_beside_the_argument(self) -> None:
         """`as_strided` counts from the begin of the storage, whatever part of it the tensor is."""
 
