@@ -323,7 +323,8 @@ class Lowered:
     generators: list[torch.Generator]
     makes_generators: bool
     modes: list[tuple[Callable[[Any], object], Any]]
-    reads_placement: bool
+    reads_offset: bool
+    reads_views: bool
     backwards: list[Backward]
 
 
@@ -441,7 +442,8 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         generators=recorder.generators(),
         makes_generators=bool(recording.generators.made),
         modes=recording.modes,
-        reads_placement=sources.reads_placement or recorder.reads_placement or strided is not None,
+        reads_offset=sources.reads_offset or recorder.reads_offset or strided is not None,
+        reads_views=recorder.reads_views,
         backwards=backwards,
     )
 
@@ -898,7 +900,7 @@ def _check_sharing(
         if write.root is None or lifted[write.index][3] >= 0:
             continue
         # What lies beside the tensor in its storage is none of the graph's values.
-        beside = recorder.reads_placement and tensor.nbytes != tensor.untyped_storage().nbytes()
+        beside = recorder.reads_offset and tensor.nbytes != tensor.untyped_storage().nbytes()
         if len(others) > 1 or beside:
             again.extend(lifted[i][0] for i in others)
     if again:
@@ -947,7 +949,7 @@ class _Sources:
                 self.assigned[id(tensor)] = value
         self.former: list[Source] = []
         self.arrays = recording.arrays
-        self.reads_placement = False
+        self.reads_offset = False
         self._moved = [(tensor, value) for tensor, value, _user in recording.assigned]
         self._bases: dict[int, list[_Base]] = {}  # root -> the objects that are views of it
         self._sharing: dict[int, int] = {}
@@ -1117,7 +1119,7 @@ class _Sources:
             return self._strided((alike or members)[0], leaf, not about.shares_version)
         elif base >= 0 and recorder.describe(lifted[base][1]).metadata_mutated:
             # The views lead from what the tensor was.
-            self.reads_placement = True
+            self.reads_offset = True
             viewed = _viewed(recorder, leaf, lifted[base][0])
             return self._strided(base, viewed, not about.shares_version)
         elif base >= 0 and about.mutated:

@@ -438,18 +438,18 @@ class Capture:
         return tensor
 
     def storage_offset(self, func: Any, tensor: torch.Tensor) -> int:
-        self.recorder.reads_placement = True
+        self.recorder.reads_offset = True
         offset: int = func(self.recorder.twin_of(tensor))
         return offset
 
     def is_view(self, func: Any, tensor: torch.Tensor) -> bool:
-        self.recorder.reads_placement = True
+        self.recorder.reads_views = True
         user = self._user(tensor)
         view: bool = func(tensor if user is None else user)
         return view
 
     def base(self, func: Any, tensor: torch.Tensor) -> Any:
-        self.recorder.reads_placement = True
+        self.recorder.reads_views = True
         user = self._user(tensor)
         base = func(tensor if user is None else user)
         if user is not None and base is not None:

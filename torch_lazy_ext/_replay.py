@@ -74,6 +74,10 @@ def _no_derivatives(lowered: _lower.Lowered) -> str:
     return ""
 
 
+def _placement(lowered: _lower.Lowered) -> _C.Placement:
+    return _C.Placement(offset=lowered.reads_offset, view=lowered.reads_views)
+
+
 def _function_modes() -> list[Any]:
     """Every TorchFunctionMode that is on, the innermost last."""
     count = torch._C._len_torch_function_stack()
@@ -211,7 +215,7 @@ class Specialization(_C.Variant):
 
     def _guard_calls(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
-        self._set_arguments(flat.spec, leaves, lowered.reads_placement)
+        self._set_arguments(flat.spec, leaves, _placement(lowered))
         for slot, value in state.values:
             self._add_value(slot, value)
         for container, before in state.containers:
@@ -245,7 +249,7 @@ class Specialization(_C.Variant):
                 place, element = slots[0].place(), slots[0].element
                 self._lift_number(place, -1 if element is None else element)
             elif slots:
-                self._lift_slot(slots[0], tensor, lowered.reads_placement)
+                self._lift_slot(slots[0], tensor, _placement(lowered))
             elif id(tensor) in leaf_of and not constant:
                 self._lift_gradient(leaf_of[id(tensor)])
             else:
@@ -258,7 +262,7 @@ class Specialization(_C.Variant):
         }
         for leaf, grad in lowered.leaves:
             index = -1 if grad is None else index_of.get(id(grad), -1)
-            self._add_gradient_guard(leaf, grad, lowered.reads_placement, index)
+            self._add_gradient_guard(leaf, grad, _placement(lowered), index)
         lowered.leaves = []
         # Tensors lifted as views of one storage.
         for base, indices in members.items():

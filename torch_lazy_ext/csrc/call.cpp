@@ -83,9 +83,9 @@ py::list Call::containers() {
 
 // ------------------------------------------------------------------- setting up
 
-void Variant::set_arguments(const py::object& spec, const py::list& leaves, bool with_placement) {
+void Variant::set_arguments(const py::object& spec, const py::list& leaves, Placement read) {
   Keep k = keep();
-  arguments_.emplace(spec, leaves, with_placement, k);
+  arguments_.emplace(spec, leaves, read, k);
 }
 
 void Variant::set_surroundings(const Surroundings& now, const py::list& function_modes) {
@@ -121,7 +121,7 @@ void Variant::lift_argument(int64_t leaf) {
   lifted_.push_back({Source::Kind::Argument, leaf});
 }
 
-void Variant::lift_slot(const py::object& slot, const py::object& tensor, bool with_placement) {
+void Variant::lift_slot(const py::object& slot, const py::object& tensor, Placement read) {
   Keep k = keep();
   k.append(py::type::of(tensor));
   lifted_.push_back(
@@ -129,7 +129,7 @@ void Variant::lift_slot(const py::object& slot, const py::object& tensor, bool w
        state_.handle(slot, k),
        at::Tensor(),
        false,
-       TensorGuard(tensor.ptr(), with_placement)});
+       TensorGuard(tensor.ptr(), read)});
 }
 
 void Variant::lift_number(const py::object& slot, int64_t element) {
@@ -154,11 +154,11 @@ void Variant::lift_gradient(int64_t leaf) {
 void Variant::add_gradient_guard(
     int64_t leaf,
     const py::object& gradient,
-    bool with_placement,
+    Placement read,
     int64_t index) {
   std::optional<TensorGuard> guard;
   if (!gradient.is_none()) {
-    guard.emplace(gradient.ptr(), with_placement);
+    guard.emplace(gradient.ptr(), read);
   }
   gradients_.push_back({leaf, std::move(guard), index});
 }
@@ -676,6 +676,11 @@ PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
 
 void bind_call(py::module_& m) {
   py::class_<Surroundings>(m, "Surroundings").def_static("now", &Surroundings::now);
+  py::class_<Placement>(m, "Placement")
+      .def(
+          py::init([](bool offset, bool view) { return Placement{offset, view}; }),
+          py::arg("offset"),
+          py::arg("view"));
   py::class_<Call>(m, "Call");
   py::class_<Variant>(m, "Variant")
       .def(py::init<py::list>())

@@ -84,7 +84,7 @@ class Variant {
   bool communicates = false;
 
   // Setting up, from Python.
-  void set_arguments(const py::object& spec, const py::list& leaves, bool with_placement);
+  void set_arguments(const py::object& spec, const py::list& leaves, Placement read);
   // Function modes: each mode that is on, or the device that a torch.device(...) makes the
   // default.
   void set_surroundings(const Surroundings& surroundings, const py::list& function_modes);
@@ -93,7 +93,7 @@ class Variant {
   void add_order(const py::object& dict, const py::list& keys);
   void add_tied(const py::object& slot, const py::object& other);
   void lift_argument(int64_t leaf);
-  void lift_slot(const py::object& slot, const py::object& tensor, bool with_placement);
+  void lift_slot(const py::object& slot, const py::object& tensor, Placement read);
   // A float in a slot, or an element of a tuple there.
   void lift_number(const py::object& slot, int64_t element);
   // No tensor: a tangent, which only the backward reads.
@@ -102,8 +102,7 @@ class Variant {
   void lift_gradient(int64_t leaf);
   // A lifted leaf has no gradient, or one like this, which is the lifted tensor `index` unless
   // that is -1.
-  void
-  add_gradient_guard(int64_t leaf, const py::object& gradient, bool with_placement, int64_t index);
+  void add_gradient_guard(int64_t leaf, const py::object& gradient, Placement read, int64_t index);
   void add_same_object(const py::object& slot, int64_t leaf);
   void add_group(int64_t base, std::vector<std::pair<int64_t, int64_t>> members, size_t nbytes);
   void set_written(const std::vector<int64_t>& indices);

@@ -232,7 +232,7 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
             at(0).toTensor(), list(1), list(2), list(3), list(4), at(5).toBool())));
   }
   if (name == "aten::as_strided" && fi::isFunctionalTensor(at(0).toTensor())) {
-    recorder.reads_placement = true;
+    recorder.reads_offset = true;
     const at::Tensor self = at(0).toTensor();
     const at::Tensor whole = recorder.whole_storage_of(self);
     if (!whole.defined() || whole.is_same(self) || self.requires_grad()) {
@@ -243,7 +243,7 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     return answer(at::as_strided(whole, at(1).toIntVector(), at(2).toIntVector(), offset));
   }
   if (name == "aten::as_strided_") {
-    recorder.reads_placement = true;
+    recorder.reads_offset = true;
   }
   if ((name == "aten::resize_" || name == "aten::resize_as_") &&
       fi::isFunctionalTensor(at(0).toTensor())) {
@@ -877,7 +877,7 @@ void check_detachable(Recorder& recorder, const at::Tensor& t) {
   const auto twin = recorder.input_by_twin.find(t.unsafeGetTensorImpl());
   const at::Tensor& given =
       twin == recorder.input_by_twin.end() ? t : recorder.inputs[twin->second].tensor;
-  recorder.reads_placement = true;
+  recorder.reads_views = true;
   if (given.defined() && given.is_view()) {
     c10::impl::ExcludeDispatchKeyGuard no_capture(capture_keys);
     at::empty({0}).view({0}).detach_();

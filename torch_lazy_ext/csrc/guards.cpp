@@ -91,7 +91,7 @@ bool same(PyObject* a, PyObject* b) {
 
 // -------------------------------------------------------------------- tensors
 
-TensorGuard::TensorGuard(PyObject* tensor, bool with_placement)
+TensorGuard::TensorGuard(PyObject* tensor, Placement read)
     : type_(Py_TYPE(tensor)),
       keys_(THPVariable_Unpack(tensor).key_set()),
       device_(THPVariable_Unpack(tensor).device()),
@@ -100,8 +100,8 @@ TensorGuard::TensorGuard(PyObject* tensor, bool with_placement)
   sizes_ = t.sizes();
   strides_ = t.strides();
   requires_grad_ = t.requires_grad();
-  offset_ = with_placement ? t.storage_offset() : -1;
-  is_view_ = t.is_view();
+  offset_ = read.offset ? t.storage_offset() : -1;
+  view_ = read.view ? static_cast<int8_t>(t.is_view()) : -1;
 }
 
 bool TensorGuard::check(PyObject* object) const {
@@ -112,8 +112,8 @@ bool TensorGuard::check(const at::Tensor& t) const {
   const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
   return impl.key_set() == keys_ && impl.dtype() == dtype_ && impl.sizes() == sizes_ &&
       impl.strides() == strides_ && impl.requires_grad() == requires_grad_ &&
-      impl.device() == device_ &&
-      (offset_ < 0 || (impl.storage_offset() == offset_ && t.is_view() == is_view_));
+      impl.device() == device_ && (offset_ < 0 || impl.storage_offset() == offset_) &&
+      (view_ < 0 || t.is_view() == (view_ == 1));
 }
 
 // --------------------------------------------------------------- surroundings
@@ -143,7 +143,7 @@ bool Surroundings::operator==(const Surroundings& o) const {
 ArgumentGuard::ArgumentGuard(
     const py::object& spec,
     const py::list& leaves,
-    bool with_placement,
+    Placement read,
     Keep& keep) {
   // The pair of args and kwargs, which is of our own making.
   const auto children = py::cast<py::tuple>(py::cast<py::tuple>(spec)[1]);
@@ -153,7 +153,7 @@ ArgumentGuard::ArgumentGuard(
   for (const py::handle& leaf : leaves) {
     Leaf guard;
     if (THPVariable_Check(leaf.ptr())) {
-      guard.tensor.emplace(leaf.ptr(), with_placement);
+      guard.tensor.emplace(leaf.ptr(), read);
       guard.first =
           position.try_emplace(leaf.ptr(), static_cast<int64_t>(leaves_.size())).first->second;
       keep.append(py::type::of(leaf));

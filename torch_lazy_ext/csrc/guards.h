@@ -20,11 +20,17 @@ namespace py = pybind11;
 // collector of cycles sees them.
 using Keep = py::list;
 
+// What else a program may have read of its tensors: where they lie in their storages, and whether
+// they are views.
+struct Placement {
+  bool offset;
+  bool view;
+};
+
 // What a program can read of a tensor without looking at its data.
 class TensorGuard {
  public:
-  // `with_placement`: the storage offset counts too, and whether it is a view.
-  TensorGuard(PyObject* tensor, bool with_placement);
+  TensorGuard(PyObject* tensor, Placement read);
   bool check(PyObject* object) const;
   bool check(const at::Tensor& tensor) const; // whatever its Python class
 
@@ -37,7 +43,7 @@ class TensorGuard {
   c10::SmallVector<int64_t, 5> strides_;
   bool requires_grad_;
   int64_t offset_; // -1: any
-  bool is_view_; // where the offset counts
+  int8_t view_; // -1: whether or not
 };
 
 // What is no argument and no state, and still decides what a program does.
@@ -68,7 +74,7 @@ class ArgumentGuard {
  public:
   // `spec`: of _tree.flatten; `leaves`: those of the capture, values copied where
   // they can change.
-  ArgumentGuard(const py::object& spec, const py::list& leaves, bool with_placement, Keep& keep);
+  ArgumentGuard(const py::object& spec, const py::list& leaves, Placement read, Keep& keep);
   // `kwargs` may be null. Raises what Python code that takes containers apart raises.
   bool match(PyObject* args, PyObject* kwargs, Arguments& arguments) const;
 

@@ -235,7 +235,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
             return out;
           })
-      .def_readwrite("reads_placement", &Recorder::reads_placement)
+      .def_readwrite("reads_offset", &Recorder::reads_offset)
+      .def_readwrite("reads_views", &Recorder::reads_views)
       .def_readonly("running", &Recorder::running)
       .def(
           "add_generator",

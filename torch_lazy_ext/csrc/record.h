@@ -163,8 +163,9 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::unordered_map<c10::StorageImpl*, at::ScalarType> shared_storages;
   // What the program was given for a generator -> the generator.
   std::unordered_map<c10::GeneratorImpl*, at::Generator> generators_of_stand_ins;
-  // Where its tensors lie in their storages, or whether they are views, matters to the program.
-  bool reads_placement = false;
+  // Where its tensors lie in their storages matters to the program, or whether they are views.
+  bool reads_offset = false;
+  bool reads_views = false;
   int64_t running = -1; // the node that run_checked is at
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> made;
   // Run every operator while it is recorded, and learn what its meta kernel has wrong.
