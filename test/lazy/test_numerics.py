@@ -416,6 +416,9 @@ LOSSES = {
         randn(0, 0).new_ones(4, 1, 5).mul(a).log_softmax(2), torch.tensor([[1, 2]]),
         torch.tensor([4]), torch.tensor([2]),
     ),
+    "ctc_of_lists": lambda a, b, t: F.ctc_loss(
+        randn(0, 0).new_ones(4, 1, 5).mul(a).log_softmax(2), torch.tensor([[1, 2]]), [4], [2]
+    ),
 }  # fmt: skip
 
 
