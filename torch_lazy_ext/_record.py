@@ -1043,9 +1043,10 @@ def record(
         (t, before, recorder.twin_of(t).grad, seen)
         for t, before, seen in capture.gradients.values()
     ]
-    count = len(recorder)
-    first = next((i for i in range(count) if recorder.node_info(i)[0] != "lifted"), count)
-    recording.replaced = {leaf for leaf, begin in capture.replaced.items() if begin <= first}
+    if capture.replaced:
+        count = len(recorder)
+        first = next((i for i in range(count) if recorder.node_info(i)[0] != "lifted"), count)
+        recording.replaced = {leaf for leaf, begin in capture.replaced.items() if begin <= first}
     recording.ran_backward = capture.ran_backward
     recording.required = [
         (t, required)
