@@ -294,12 +294,15 @@ def _rectification(beta2: Any, step: Any, bias_correction2: Any) -> tuple[Any, A
     """The length of the moving average, and the factor that counts where that is above 5."""
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * (beta2**step) / bias_correction2
-    factor = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    factor = (length - 4) * (length - 2) * longest
+    divisor = (longest - 4) * (longest - 2) * length
     if isinstance(length, Number):
-        # Below, it may be negative, and Python's root of it a complex number.
+        # Below 5 nobody asks for the quotient: it may be negative, with a complex root, or none.
         factor = select(length, 5.0, factor, 1.0)
+        divisor = select(length, 5.0, divisor, 1.0)
     elif length <= 5:
-        factor = 1.0
+        return length, 1.0
+    factor = factor / divisor
     return length, factor**0.5
 
 

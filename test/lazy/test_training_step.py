@@ -250,7 +250,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Adam": [{}, {"amsgrad": True, "weight_decay": 0.01}, {"maximize": True}],
     "AdamW": [{}, {"amsgrad": True, "maximize": True}],
     "NAdam": [{}, {"decoupled_weight_decay": True, "weight_decay": 0.01}, {"maximize": True}],
-    "RAdam": [{}, {"decoupled_weight_decay": True, "weight_decay": 0.01}],
+    "RAdam": [
+        {},
+        {"decoupled_weight_decay": True, "weight_decay": 0.01},
+        {"betas": (0.9, 0.6)},  # never long enough to be rectified: its divisor is 0
+    ],
     "Adagrad": [{}, {"lr_decay": 0.1, "weight_decay": 0.01}],
     "Adadelta": [{}, {"weight_decay": 0.01, "maximize": True}],
     "Adamax": [{}, {"weight_decay": 0.01, "maximize": True}],
