@@ -4,7 +4,10 @@ Whatever stops the build on an ordinary machine (no torch or another release of 
 compiler, no Python headers) is looked for first and reported as one sentence.
 """
 
+from __future__ import annotations
+
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,11 +15,24 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from setuptools import setup
 
-TORCH_VERSION = "2.13.0"  # Also in pyproject.toml, twice, and in torch_lazy_ext/__init__.py.
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
 ROOT = Path(__file__).parent
+
+
+def supported_torch() -> SpecifierSet:
+    """The releases of torch that these sources build with, as pyproject.toml has them."""
+    from packaging.specifiers import SpecifierSet  # setuptools brings it, once it is imported
+
+    found = re.search(r'^requires = .*"torch([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert found is not None
+    return SpecifierSet(found[1])
+
 
 try:
     import torch
@@ -25,14 +41,18 @@ except ModuleNotFoundError as e:
     if e.name != "torch":
         raise
     sys.exit(
-        f"torch_lazy_ext: building needs torch {TORCH_VERSION}, and there is none here: "
-        f"run `pip install torch=={TORCH_VERSION}`, or build without --no-build-isolation."
+        f"torch_lazy_ext: building needs torch {supported_torch()}, and there is none here: "
+        f"run `pip install 'torch{supported_torch()}'`, or build without --no-build-isolation."
     )
 
-if torch.__version__.split("+")[0] != TORCH_VERSION:
+# The build belongs to exactly this release: the extension is compiled against its headers.
+TORCH_VERSION = torch.__version__.split("+")[0]
+# For trying the sources with a release to come.
+ANY_TORCH = os.environ.get("TORCH_LAZY_EXT_ANY_TORCH") == "1"
+if not ANY_TORCH and not supported_torch().contains(TORCH_VERSION, prereleases=True):
     sys.exit(
-        f"torch_lazy_ext: building needs torch {TORCH_VERSION}, and this is torch "
-        f"{torch.__version__}: run `pip install torch=={TORCH_VERSION}`."
+        f"torch_lazy_ext: building needs torch {supported_torch()}, and this is torch "
+        f"{torch.__version__}: run `pip install 'torch{supported_torch()}'`."
     )
 
 
@@ -67,11 +87,28 @@ def check_toolchain() -> None:
 
 
 class BuildCheckedExtension(BuildExtension):
-    """BuildExtension that looks at the compiler before it starts it."""
+    """BuildExtension that looks at the compiler first, and notes which torch it built for.
+
+    The note lies beside the extension and has its name, which no other Python's extension has, so
+    one checkout serves several. torch_lazy_ext/_built_for.py reads it.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # What was compiled against other headers is of no use, whatever its time.
+        self.build_temp = f"{self.build_temp}-torch-{TORCH_VERSION}"
+
+    def note_of(self, name: str) -> Path:
+        return Path(self.get_ext_fullpath(name)).with_suffix(".torch")
 
     def run(self) -> None:
         check_toolchain()
+        notes = [self.note_of(extension.name) for extension in self.extensions]
+        if any(not note.exists() or note.read_text() != TORCH_VERSION for note in notes):
+            self.force = True
         super().run()
+        for note in notes:
+            note.write_text(TORCH_VERSION)
 
 
 def relative_glob(pattern: str) -> list[str]:
@@ -92,4 +129,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildCheckedExtension},
+    install_requires=[f"torch=={TORCH_VERSION}"],
 )

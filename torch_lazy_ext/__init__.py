@@ -1,16 +1,14 @@
 """Capture any PyTorch program as one graph, and replay it exactly like eager."""
 
+import importlib
 import warnings
 
-import torch
+from torch_lazy_ext import _built_for
 
 __version__ = "0.1.0"
 
-if torch.__version__.split("+")[0] != "2.13.0":
-    raise ImportError(
-        f"torch_lazy_ext {__version__} is built for torch 2.13.0, and this is torch "
-        f"{torch.__version__}: run `pip install torch==2.13.0`"
-    )
+if (_refusal := _built_for.refusal(__version__)) is not None:
+    raise ImportError(_refusal)
 try:
     from torch_lazy_ext import _C as _C
 except ImportError as e:
@@ -22,7 +20,7 @@ except ImportError as e:
 with warnings.catch_warnings():
     # Meta kernels in Python import it when they first run, and it changes the warnings' filters:
     # not in the middle of a capture.
-    import torch._dynamo
+    importlib.import_module("torch._dynamo")
 
 from torch_lazy_ext._errors import (
     ExtractionError,

@@ -1,0 +1,129 @@
+# Owner(s): ["oncall: jit"]
+
+"""A build belongs to one torch: it says so in its metadata, and refuses another."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import unittest
+from pathlib import Path
+
+import torch
+from expecttest import TestCase
+
+import torch_lazy_ext
+from torch_lazy_ext import _built_for
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = torch.__version__.split("+")[0]
+
+
+def run(*command, folder=ROOT, **variables):
+    """Output of a process of its own, and whether it succeeded."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr, done.returncode == 0
+
+
+def pretend(folder, version):
+    """Put a torch of another version into a folder, with as much of it as setup.py imports."""
+    package = Path(folder) / "torch" / "utils"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    (package / "__init__.py").write_text("")
+    (package / "cpp_extension.py").write_text(
+        textwrap.dedent(
+            """
+            from setuptools import Extension as CppExtension
+            from setuptools.command.build_ext import build_ext as BuildExtension
+            get_cxx_compiler = lambda: "c++"
+            """
+        )
+    )
+
+
+class ImportTest(TestCase):
+    def test_note(self):
+        self.assertEqual(_built_for.built_for(), HERE)
+
+    def check(self, version):
+        program = f"import torch; torch.__version__ = {version!r}; import torch_lazy_ext"
+        return run("-c", program, folder=tempfile.gettempdir(), PYTHONPATH=where())
+
+    def test_refused(self):
+        for version in ("2.12.1", "2.15.0.dev20261120+cpu"):
+            with self.subTest(version):
+                text, fine = self.check(version)
+                self.assertFalse(fine)
+                self.assertIn(
+                    f"ImportError: torch_lazy_ext {torch_lazy_ext.__version__} is built for torch "
+                    f"{HERE}, and this is torch {version}: run `pip install torch=={HERE}`",
+                    text,
+                )
+
+    def test_local_version(self):
+        text, fine = self.check(HERE + "+cu130")
+        self.assertTrue(fine, text)
+
+
+def where():
+    """The search path in which this very package is found."""
+    return os.pathsep.join([str(Path(torch_lazy_ext.__file__).parents[1]), *sys.path])
+
+
+@unittest.skipUnless((ROOT / "setup.py").exists(), "tests without their checkout")
+class BuildTest(TestCase):
+    def build(self, version, **variables):
+        with tempfile.TemporaryDirectory() as folder:
+            pretend(folder, version)
+            path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+            text, fine = run("setup.py", "--version", PYTHONPATH=path, **variables)
+        return text, fine
+
+    def test_refused(self):
+        for version in ("2.12.1", "2.12.1+cpu", "2.15.0", "2.15.0.dev20261120"):
+            with self.subTest(version):
+                text, fine = self.build(version)
+                self.assertFalse(fine)
+                self.assertIn(f"and this is torch {version}: run `pip install 'torch", text)
+
+    def test_taken(self):
+        for version in ("2.13.0", "2.13.1+cpu", "2.14.0", "2.14.1+cu130"):
+            with self.subTest(version):
+                text, fine = self.build(version)
+                self.assertTrue(fine, text)
+
+    def test_a_release_to_come(self):
+        text, fine = self.build("2.99.0", TORCH_LAZY_EXT_ANY_TORCH="1")
+        self.assertTrue(fine, text)
+
+    def test_without_torch(self):
+        program = textwrap.dedent(
+            """
+            import runpy, sys
+            sys.modules["torch"] = None
+            runpy.run_path("setup.py")
+            """
+        )
+        text, fine = run("-c", program)
+        self.assertFalse(fine)
+        self.assertIn("and there is none here: run `pip install 'torch", text)
+
+    def test_metadata(self):
+        with tempfile.TemporaryDirectory() as folder:
+            text, fine = run("setup.py", "-q", "egg_info", "--egg-base", folder)
+            self.assertTrue(fine, text)
+            (metadata,) = Path(folder).glob("*.egg-info/PKG-INFO")
+            requires = [r for r in metadata.read_text().splitlines() if "Requires-Dist: torch" in r]
+        self.assertEqual(requires, [f"Requires-Dist: torch=={HERE}"])
+
+
+if __name__ == "__main__":
+    unittest.main()
