@@ -9,7 +9,8 @@
     python test/run_test.py --failed-first --keep-going        what failed last time, then the rest
     python test/run_test.py -- --failfast                      options for unittest
 
-The last line of the output is `N passed, N failed, N skipped`, summed over the tests of all files:
+The last lines of the output say what did not run, and how long it all took. The very last one is
+`N passed, N failed, N skipped`, summed over the tests of all files:
 an expected failure counts as passed, an unexpected success as failed. A test that takes its
 process down, or takes longer than --timeout, counts as failed, and the file's other tests run in a
 new process. A test that passes when it is run again (--reruns) counts as passed and is reported as
@@ -22,10 +23,12 @@ shell complete the names of files.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 TEST_DIR = Path(__file__).resolve().parent
@@ -35,6 +38,7 @@ from tools.stats.test_times import TestTimes  # noqa: E402
 from tools.testing import progress, results, run_process, schedule, shards  # noqa: E402
 from tools.testing.discover_tests import discover, folders, normalize, select  # noqa: E402
 from tools.testing.run_process import Options, Work  # noqa: E402
+from tools.testing.schedule import Outcome  # noqa: E402
 
 REPORTS = TEST_DIR / "test-reports"
 FAILED = TEST_DIR.parent / ".test_cache" / "failed.json"
@@ -173,8 +177,40 @@ def choose_works(args: argparse.Namespace, options: Options) -> list[Work]:
     return sorted(works, key=lambda w: w.file not in options.first)
 
 
+def remarks(args: argparse.Namespace, outcome: Outcome) -> list[str]:
+    """What the counts do not say: why the run ended early, what did not run or was not found."""
+    lines = []
+    for file, test in outcome.running:
+        lines.append(f"STOPPED in {file}: {test}")
+    if outcome.left:
+        why = "" if outcome.interrupted else " after a failure (--keep-going runs them)"
+        names = " ".join(progress.describe(w) for w in outcome.left)
+        lines.append(f"NOT RUN{why}, {len(outcome.left)} files: {names}")
+    for file in outcome.files:
+        if file.not_run:
+            lines.append(f"NOT RUN {file.file}, {len(file.not_run)} tests: {brief(file.not_run)}")
+    if not outcome.left and not outcome.interrupted:
+        ran = [r.test for file in outcome.files for r in file.tests]
+        where = f"these {len(args.names)} files" if args.shard == [1, 1] else "this shard"
+        lines += [f"NOTHING of {where} matches -k {k}" for k in args.k if not any_matches(ran, k)]
+        if not ran and not args.k:
+            lines.append("NOTHING to run")
+    return lines
+
+
+def brief(tests: list[str]) -> str:
+    """The first of these names."""
+    return " ".join(tests[:3]) + (" ..." if len(tests) > 3 else "")
+
+
+def any_matches(tests: list[str], pattern: str) -> bool:
+    """Whether one of `tests` matches, as unittest's -k has it."""
+    return any(fnmatch.fnmatchcase(t, pattern if "*" in pattern else f"*{pattern}*") for t in tests)
+
+
 def main(argv: list[str]) -> int:
     """Run what the options in `argv` say; returns the exit status."""
+    begin = time.monotonic()
     args = parse_args(argv)
     options = Options(
         test_dir=TEST_DIR,
@@ -185,7 +221,11 @@ def main(argv: list[str]) -> int:
         first=read_failed() if args.failed_first else {},
         live=args.verbose and args.jobs == 1,
     )
-    works = choose_works(args, options)
+    try:
+        works = choose_works(args, options)
+    except (KeyboardInterrupt, SystemExit) as e:
+        print(f"NOT RUN, {len(args.names)} files\n{results.counts([])}", flush=True)
+        return status_of(e)
     if args.dry_run:
         print("\n".join([*map(progress.describe, works), results.counts([])]))
         return 0
@@ -198,18 +238,22 @@ def main(argv: list[str]) -> int:
             results.save_xml(args.save_xml, files, f"-shard{k}of{n}" if n > 1 else "")
 
     with progress.choose()(works) as shown:
-        files, left = schedule.run_all(
+        outcome = schedule.run_all(
             works, options, args.jobs, shown, args.continue_through_error, args.verbose, save
         )
-    remember_failed(files, whole=n == 1 and not left and not args.chosen)
-    if left:
-        print(
-            f"stopped after a failure, {len(left)} files not run (--continue-through-error "
-            f"runs them): {' '.join(progress.describe(w) for w in left)}"
-        )
-    tests = [t for file in files for t in file.tests]
-    print(results.summary(tests, args.slow), flush=True)
+    stopped = bool(outcome.left) or outcome.interrupted is not None
+    remember_failed(outcome.files, whole=n == 1 and not stopped and not args.chosen)
+    tests = [t for file in outcome.files for t in file.tests]
+    took = f"took {results.duration(time.monotonic() - begin)}"
+    print(results.summary(tests, args.slow, [*remarks(args, outcome), took]), flush=True)
+    if outcome.interrupted is not None:
+        return status_of(outcome.interrupted)
     return 1 if not tests or any(t.outcome == "failed" for t in tests) else 0
+
+
+def status_of(interrupted: BaseException) -> int:
+    """The exit status after Ctrl-C or a request to end, as shells have it."""
+    return 128 + (signal.SIGINT if isinstance(interrupted, KeyboardInterrupt) else signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,10 @@ class Progress:
             elif event["event"] == "result":
                 now[0] += 1
                 self._tests += 1
-                self._failed += event["outcome"] == "failed"
+                if event["outcome"] == "failed":
+                    self._failed += 1
+                    note = f" ({event['note']})" if event.get("note") else ""
+                    self.print(f"{work.file}: {event['test']} failed{note}")
             self._changed()
 
     def end(self, work: Work, file: FileResult) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,6 +46,13 @@ class FileResult:
     file: str
     tests: list[TestResult]
     seconds: float
+    not_run: list[str] = dataclasses.field(default_factory=list)  # ids of tests that never began
+
+
+def duration(seconds: float) -> str:
+    """How long, for people: "48 s", "12 min 5 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def counts(results: list[TestResult]) -> str:
@@ -77,8 +85,8 @@ def describe_failure(result: TestResult) -> str:
     return "\n".join(parts) + "\n"
 
 
-def summary(results: list[TestResult], slow: bool) -> str:
-    """The end of a run: slowest tests, flaky and failed ones, and the counts in the last line."""
+def summary(results: list[TestResult], slow: bool, remarks: Sequence[str] = ()) -> str:
+    """The end of a run: slowest tests, flaky and failed ones, remarks, and the counts at last."""
     lines = []
     slowest = sorted(results, key=lambda r: -r.seconds)[:SLOWEST]
     if slowest and slowest[0].seconds >= 1:
@@ -92,7 +100,7 @@ def summary(results: list[TestResult], slow: bool) -> str:
     for r in results:
         if r.outcome == "failed":
             lines += [f"FAILED {_title(r)}", f"    {rerun_command(r, slow)}"]
-    return "\n".join([*lines, counts(results)])
+    return "\n".join([*lines, *remarks, counts(results)])
 
 
 # What XML 1.0 cannot hold, however it is escaped.

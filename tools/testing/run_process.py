@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,17 @@ POLL = 0.02
 
 
 class Stopped(Exception):
-    """Somebody asked for the run to end."""
+    """Somebody asked for the run to end.
+
+    Attributes:
+        file: the results so far.
+        running: the test that was running, its id; None if none was.
+    """
+
+    def __init__(self, file: FileResult, running: str | None) -> None:
+        super().__init__(f"{file.file} was stopped")
+        self.file = file
+        self.running = running
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +87,7 @@ class _Ended:
     output: bytes
     failure: str  # how it ended, in words; nothing if it ended well
     finished: bool  # whether it came to its last test's end
+    stopped: bool = False  # whether it was ended because the run should end
 
 
 def describe_exit(returncode: int) -> str:
@@ -126,7 +138,7 @@ def _run_process(
         job_path.write_text(json.dumps(job))
         live = options.live and not list_only
         events: list[dict[str, Any]] = []
-        timed_out = False
+        timed_out = stopped = False
         with output_path.open("wb") as output, events_path.open() as reader:
             process = subprocess.Popen(
                 [sys.executable, str(RUN_FILE), str(job_path)],
@@ -150,7 +162,8 @@ def _run_process(
                     if ended:
                         break
                     if options.stop():
-                        raise Stopped
+                        stopped = True
+                        break
                     if time.monotonic() - last > options.timeout:
                         timed_out = True
                         _end(process)
@@ -160,11 +173,13 @@ def _run_process(
                 process.wait()
         finished = bool(events) and events[-1]["event"] == "end"
         failure = ""
-        if timed_out:
+        if stopped:
+            pass
+        elif timed_out:
             failure = f"timed out after {options.timeout:g} s"
         elif process.returncode != 0 or not finished:
             failure = describe_exit(process.returncode)
-        return _Ended(events, output_path.read_bytes(), failure, finished)
+        return _Ended(events, output_path.read_bytes(), failure, finished, stopped)
 
 
 def _tail(output: bytes, begin: int, end: int | None = None) -> str:
@@ -196,6 +211,16 @@ def _results(work: Work, ended: _Ended) -> tuple[list[TestResult], bool]:
     return results, not ended.finished and started
 
 
+def _skipped_by_fixtures(results: Iterable[TestResult]) -> tuple[str, ...]:
+    """With what the ids of the tests begin that a setUpClass or setUpModule has skipped."""
+    found = [
+        re.fullmatch(r"setUp(?:Class|Module) \((.+)\)", r.test)
+        for r in results
+        if r.outcome == "skipped"
+    ]
+    return tuple(f"{match[1]}." for match in found if match)
+
+
 def list_tests(work: Work, options: Options) -> list[str]:
     """The ids of the tests that running `work` would run; none if the file cannot be imported."""
     ended = _run_process(work, options, [], work.tests, lambda event: None, list_only=True)
@@ -207,25 +232,52 @@ def run(
 ) -> tuple[FileResult, str]:
     """Run tests of one file: in one process, or one more for each that a test took down.
 
-    Returns the results, and all that was printed (nothing with `options.live`).
+    Returns the results, and all that was printed (nothing with `options.live`). `on_event` gets
+    the events of run_file.py, and a result for what took a process down, with a `note`.
+
+    Raises:
+        Stopped: `options.stop` said so.
     """
     begin = time.perf_counter()
     results: dict[str, TestResult] = {}
+    chosen: dict[str, None] = {}
     printed = ""
+
+    def file_result(running: str | None = None) -> FileResult:
+        skipped = _skipped_by_fixtures(results.values())
+        ran = {*results, running}
+        not_run = [t for t in chosen if t not in ran and not t.startswith(skipped)]
+        return FileResult(work.file, list(results.values()), time.perf_counter() - begin, not_run)
+
+    def run_process(
+        done: Iterable[str], tests: Iterable[str] | None
+    ) -> tuple[list[TestResult], bool]:
+        nonlocal printed
+        ended = _run_process(work, options, done, tests, on_event)
+        printed += ended.output.decode(errors="replace")
+        chosen.update((t, None) for e in ended.events if e["event"] == "begin" for t in e["tests"])
+        new, unfinished = _results(work, ended)
+        if ended.failure:
+            note = dict(outcome="failed", note=new[-1].note)
+            on_event({"event": "result", "test": new[-1].test, **note})
+        if ended.stopped:
+            results.update({r.test: r for r in new if r.test not in results})
+            last = ended.events[-1] if ended.events else {"event": "none"}
+            running = last["test"] if last["event"] == "start" else None
+            raise Stopped(file_result(running), running)
+        return new, unfinished
+
     unfinished = True
     while unfinished:
-        ended = _run_process(work, options, results, work.tests, on_event)
-        new, unfinished = _results(work, ended)
+        new, unfinished = run_process(results, work.tests)
         results.update({r.test: r for r in new})
-        printed += ended.output.decode(errors="replace")
     for _ in range(options.reruns):
         failed = [r.test for r in results.values() if r.outcome == "failed" and r.name]
         unfinished = bool(failed)
         ran: set[str] = set()
         while unfinished:
             left = [t for t in failed if t not in ran]
-            ended = _run_process(work, options, [], left, on_event)
-            new, unfinished = _results(work, ended)
+            new, unfinished = run_process([], left)
             for again in new:
                 ran.add(again.test)
                 if again.test in failed:
@@ -234,5 +286,4 @@ def run(
                     results[again.test] = again
                 else:
                     results.setdefault(again.test, again)
-            printed += ended.output.decode(errors="replace")
-    return FileResult(work.file, list(results.values()), time.perf_counter() - begin), printed
+    return file_result(), printed

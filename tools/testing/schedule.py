@@ -15,6 +15,23 @@ from tools.testing.results import FileResult, describe_failure
 from tools.testing.run_process import Options, Stopped, Work
 
 
+@dataclasses.dataclass
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        files: the results, of a file that was stopped those so far.
+        left: the works that did not begin.
+        running: (file, id) of the tests that were running when the run was stopped.
+        interrupted: what stopped the run, if it was not a failure.
+    """
+
+    files: list[FileResult] = dataclasses.field(default_factory=list)
+    left: list[Work] = dataclasses.field(default_factory=list)
+    running: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    interrupted: BaseException | None = None
+
+
 def run_all(
     works: Sequence[Work],
     options: Options,
@@ -23,15 +40,16 @@ def run_all(
     keep_going: bool,
     verbose: bool,
     on_file: Callable[[list[FileResult]], None],
-) -> tuple[list[FileResult], list[Work]]:
+) -> Outcome:
     """Run `works` in their order, `jobs` at a time.
 
-    Returns the results, and the works that did not begin, because a test had failed and not
-    `keep_going`. Prints what failed as soon as it is known, and with `verbose` all there is. Calls
-    `on_file` with the results so far, whenever there is one more.
+    Works are left where a test has failed and not `keep_going`, and at Ctrl-C or a request to end.
+    Prints what failed as soon as it is known, and with `verbose` all there is. Calls `on_file` with
+    the results so far, whenever there is one more.
     """
     left = collections.deque(works)
-    files: list[FileResult] = []
+    outcome = Outcome()
+    files = outcome.files
     lock = threading.Lock()
     failed, stop = threading.Event(), threading.Event()
     options = dataclasses.replace(options, stop=stop.is_set)
@@ -43,7 +61,15 @@ def run_all(
                     return
                 work = left.popleft()
             progress.begin(work)
-            file, printed = run_process.run(work, options, functools.partial(progress.event, work))
+            try:
+                on_event = functools.partial(progress.event, work)
+                file, printed = run_process.run(work, options, on_event)
+            except Stopped as e:
+                with lock:
+                    files.append(e.file)
+                    if e.running is not None:
+                        outcome.running.append((work.file, e.running))
+                return
             with lock:
                 files.append(file)
                 on_file(files)
@@ -63,9 +89,11 @@ def run_all(
         try:
             for future in concurrent.futures.as_completed(workers):
                 future.result()
-        except Stopped:
-            pass
+        except (KeyboardInterrupt, SystemExit) as e:
+            stop.set()  # The processes of the tests end with this one.
+            outcome.interrupted = e
         except BaseException:
-            stop.set()  # Ctrl-C: the processes of the tests end with this one.
+            stop.set()
             raise
-    return files, list(left)
+    outcome.left = list(left)
+    return outcome
