@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -33,9 +34,32 @@ WORKER = """
         if name == "crash":
             os.abort()
         if name == "hang":
-            time.sleep(600)
+            open("HANGS", "w").close()
+            time.sleep(100_000)
         print(json.dumps(dict(outcome="equal", reason=str(os.getpid()), line="")), flush=True)
 """
+
+
+class FakeTimer:
+    """Goes off once the worker says that it hangs, and not by a clock."""
+
+    def __init__(self, hangs, seconds, function):
+        assert seconds == 1.0
+        self._hangs, self._function = hangs, function
+        self._cancelled = threading.Event()
+
+    def start(self):
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def cancel(self):
+        self._cancelled.set()
+
+    def _wait(self):
+        while not self._cancelled.wait(0.01):
+            if self._hangs.exists():
+                self._hangs.unlink()
+                self._function()
+                return
 
 
 class Folder(unittest.TestCase):
@@ -48,10 +72,14 @@ class Folder(unittest.TestCase):
 class RunTest(Folder):
     def run_items(self, names, results):
         worker = self.folder / "worker.py"
-        worker.write_text(textwrap.dedent(WORKER))
+        hangs = self.folder / "hangs"
+        worker.write_text(textwrap.dedent(WORKER.replace("HANGS", str(hangs))))
         items = [Item("operator", name, "float32", SELF) for name in names]
         ran = []
-        with mock.patch.object(run, "WORKER", worker):
+        timer = mock.patch.object(
+            run.threading, "Timer", lambda seconds, function: FakeTimer(hangs, seconds, function)
+        )
+        with mock.patch.object(run, "WORKER", worker), timer:
             run.run(items, results, 1, 1.0, lambda item, _: ran.append(item.name))
         return ran, [results.by_key[item.key] for item in items]
 
@@ -181,7 +209,7 @@ class PageTest(Folder):
             *("--enable-logging=stderr", f"--user-data-dir={self.folder / 'profile'}"),
             *("--virtual-time-budget=2000", "--dump-dom", f"{path.as_uri()}{address}"),
         ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertNotIn("CONSOLE", result.stderr)
         rows = _Rows()

@@ -190,7 +190,6 @@ class DistributedDataParallelTest(unittest.TestCase):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=300,
             )
             files = [Path(folder, f"{rank}.json") for rank in range(PROCESSES)]
             if run.returncode or not all(f.exists() for f in files):

@@ -992,7 +992,7 @@ programs = st.builds(
 )
 
 # The program that runs, for the case that it takes the process down.
-LAST_PROGRAM = Path(tempfile.gettempdir(), f"random_program_{os.getuid()}.py")
+LAST_PROGRAM = Path(tempfile.gettempdir(), f"random_program_{os.getpid()}.py")
 
 
 def run(count: int, first_seed: int | None) -> collections.Counter[str]:
@@ -1022,6 +1022,7 @@ def run(count: int, first_seed: int | None) -> collections.Counter[str]:
     if first_seed is not None:
         test = seed(first_seed)(test)
     test()
+    LAST_PROGRAM.unlink()
     return outcomes
 
 
