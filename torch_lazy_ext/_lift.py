@@ -123,6 +123,7 @@ OBJECTS_OF_TORCH = (
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
     torch.amp.GradScaler,
+    torch.quasirandom.SobolEngine,
 )
 CONTENT = object()  # as a key: everything in a list
 
@@ -150,6 +151,7 @@ class State:
         containers: the mutable containers, each with its content: `{key: value}` or a list.
         unsized: ids of containers that may grow between the calls.
         names: the attributes and globals that functions of the program name.
+        functions: the program's functions, and partials of them.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -159,6 +161,7 @@ class State:
         self.numbers: list[tuple[Slot, Any, list[torch.Tensor]]] = []
         self.containers: list[tuple[Any, Any]] = []
         self.unsized: set[int] = set()
+        self.functions: list[types.FunctionType | functools.partial[Any]] = []
         self._groups: set[int] = set()  # ids of the param_groups of optimizers
         self._put: dict[tuple[int, Any], Any] = {}  # what stands in the place of numbers
         self._seen: dict[int, Any] = {}
@@ -228,6 +231,7 @@ class State:
 
     def _children(self, value: Any, name: str) -> Iterator[tuple[Any, str]]:
         if isinstance(value, functools.partial):
+            self.functions.append(value)
             yield value.func, name
             yield from self._items(value.args, name)
             yield from self._items(value.keywords, name)
@@ -275,6 +279,7 @@ class State:
     def _function(self, fn: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
         if _is_library(fn):
             return
+        self.functions.append(fn)
         for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
             yield from self._slot(Slot(cell, None, key), single=True)
         for default in fn.__defaults__ or ():

@@ -16,6 +16,7 @@ import torch
 
 from torch_lazy_ext import _C, _lift, _tree
 from torch_lazy_ext._errors import UnsupportedError
+from torch_lazy_ext._moving import Moving
 from torch_lazy_ext._number import Number
 from torch_lazy_ext._record import Recording, SharedStorage, check_plain
 
@@ -986,6 +987,7 @@ class _Sources:
     def of(self, value: Any) -> Source:
         if type(value) in _tree.SIMPLE_TYPES:
             return Constant(value)
+        value = Moving.real(value)
         known = self._known.get(id(value))
         if known is not None:
             return known[1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import random
 import sys
 import threading
 import weakref
@@ -21,7 +20,7 @@ import torch
 from torch._functorch import utils as _functorch_utils
 from torch.optim import radam as _radam
 
-from torch_lazy_ext import _C, _collectives, _generators, _lift, _optimizers, _tree
+from torch_lazy_ext import _C, _collectives, _generators, _lift, _moving, _optimizers, _tree
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
 from torch_lazy_ext._number import Number
 
@@ -69,6 +68,7 @@ class Capture:
         self._furthest = 0  # how many were drawn before the state was put back
         self.generators = _generators.Generators(recorder)
         self._resumed = False
+        self.moving = _moving.Moving(self.refusal)
         self.arrays = Arrays()
         self.foreign: set[int] = set()  # ids of arrays that were there before the program
         self.borrowed: list[torch.Tensor] = []  # tensors over the memory of these
@@ -955,7 +955,7 @@ def record(
 
     def twin(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
-            return capture.generators.given(leaf)
+            return capture.moving.given(capture.generators.given(leaf))
         check_plain(leaf, "an argument")
         if not recorder.is_liftable(leaf):
             raise UnsupportedError(
@@ -973,13 +973,12 @@ def record(
     capture.foreign = {id(_owner(v)) for v in before_program if _tree.is_array(v)}
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
-    foreign = _foreign_random_states()
     modes = [get() for get, _set in _MODES]
     state.put_numbers(lambda tensor: Number(tensor, capture))
     try:
-        with capture.generators.in_place_of(state), capture:
+        in_place = capture.moving.in_place_of(state), capture.generators.in_place_of(state)
+        with in_place[0], in_place[1], capture:
             recording.result = fn(*own_args, **own_kwargs)
-        _check_foreign_random(foreign)
         capture.data_parallel.check()
     except Exception as error:
         # What it raised, it may have raised because it read memory that it had written to
@@ -995,6 +994,7 @@ def record(
         recorder.release()
         raise
     finally:
+        drawn = capture.moving.put_back()
         recording.changes = state.take_back()
         for (get, set_mode), mode in zip(_MODES, modes):
             left = get()
@@ -1012,6 +1012,9 @@ def record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
+    if drawn:
+        recorder.release()
+        raise _moving.drawn_from(drawn[0])
     if creates and capture.creations:
         recorder.release()
         raise CreatesState(capture.creations)
@@ -1075,38 +1078,6 @@ def record(
             "config asks for it: see torch_lazy_ext.config.set_force_fallback"
         )
     return recording
-
-
-def _foreign_random_states() -> list[tuple[str, Callable[..., None], Any, Any]]:
-    """Of the generators that are not torch's: name, setter, state, and the state to compare."""
-    state = random.getstate()
-    states: list[tuple[str, Callable[..., None], Any, Any]]
-    states = [("Python's random", random.setstate, state, state)]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        whole = (kind, keys, *rest)
-        states.append(("numpy.random", numpy.random.set_state, whole, (keys.tobytes(), *rest)))
-    return states
-
-
-def _check_foreign_random(before: list[tuple[str, Callable[..., None], Any, Any]]) -> None:
-    """Take back what the program drew from generators that a replay does not know.
-
-    Raises:
-        UnsupportedError: if it drew anything.
-    """
-    now = {name: key for name, _set, _state, key in _foreign_random_states()}
-    drawn = []
-    for name, set_state, state, key in before:
-        if now[name] != key:
-            set_state(state)
-            drawn.append(name)
-    if drawn:
-        raise UnsupportedError(
-            f"the program draws numbers from {drawn[0]}, which a replay would not draw again: draw "
-            "them with torch, or before the call, and pass them"
-        )
 
 
 def check_plain(tensor: torch.Tensor, what: str) -> None:

@@ -3,6 +3,7 @@
 """What the READMEs show as output is what their programs print."""
 
 import functools
+import itertools
 import keyword
 import random
 import re
@@ -157,6 +158,8 @@ def captured(program):
     return lambda x: extract_compiled_graph(program, (x,))
 
 
+batches = itertools.cycle([1.0, 2.0])
+
 # One for each thing that the table says one may do.
 LIMITS = {
     "sparse": captured(lambda x: x.to_sparse()),
@@ -168,6 +171,7 @@ LIMITS = {
     "make_fx": captured(lambda x: make_fx(lambda y: y * 2)(x)(x)),
     "random": captured(lambda x: x * random.random()),
     "seed": captured(lambda x: x * torch.seed()),
+    "iterator": captured(lambda x: x * next(batches)),
     "lru_cache": captured(lambda x: x + masked(x)),
     "attribute of a Python module": captured(module_attribute),
     "two backwards": second_backward,

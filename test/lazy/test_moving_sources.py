@@ -1,0 +1,350 @@
+# Owner(s): ["oncall: jit"]
+
+"""Where a program's values come from when it is not from tensors: iterators, files, queues, clocks.
+
+They give something else at each use. A replay must do so as well, or the capture is refused; and a
+capture must not have used them.
+"""
+
+import functools
+import io
+import itertools
+import queue
+import random
+import socket
+import sys
+import unittest
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from oracle import Call, check, extract_untouched, makefunctiontest, maketest, tensors
+from torch import nn
+from torch.utils.data import DataLoader
+
+from torch_lazy_ext import UnsupportedError, extract_compiled_graph
+
+try:
+    import numpy
+except ImportError:
+    numpy = None
+
+
+def batches() -> Iterator[float]:
+    yield 1.0
+    yield 2.0
+    yield 3.0
+
+
+def filled(kind: Any) -> Any:
+    made = kind()
+    for i in range(3):
+        made.put(float(i))
+    return made
+
+
+def text_file() -> Any:
+    return io.TextIOWrapper(io.BytesIO(b"1.0\n2.0\n3.0\n"))
+
+
+# name -> how it is made, what its refusal says.
+ITERATORS: dict[str, tuple[Callable[[], Any], str]] = {
+    "list": (lambda: iter([1.0, 2.0]), "list_iterator"),
+    "reversed": (lambda: reversed([1.0, 2.0]), "list_reverseiterator"),
+    "tuple": (lambda: iter((1.0, 2.0)), "tuple_iterator"),
+    "dict": (lambda: iter({1.0: 2.0}), "dict_keyiterator"),
+    "set": (lambda: iter({1.0, 2.0}), "set_iterator"),
+    "range": (lambda: iter(range(3)), "range_iterator"),
+    "generator": (batches, "generator"),
+    "generator expression": (lambda: (i for i in range(3)), "generator"),
+    "begun generator": (lambda: (g := batches(), next(g))[0], "generator"),
+    "zip": (lambda: map(sum, zip([1.0], [2.0])), "map"),
+    "enumerate": (lambda: map(sum, enumerate([1.0, 2.0])), "map"),
+    "filter": (lambda: filter(None, [1.0, 2.0]), "filter"),
+    "cycle": (lambda: itertools.cycle([1.0, 2.0]), "cycle"),
+    "count": (itertools.count, "count"),
+    "chain": (lambda: itertools.chain([1.0], batches()), "chain"),
+    "sentinel": (lambda: iter(iter([1.0, 2.0]).__next__, 2.0), "callable_iterator"),
+    "tensor": (lambda: iter(torch.ones(3)), "tuple_iterator|map|generator"),
+    "DataLoader": (
+        lambda: iter(DataLoader(torch.arange(6.0), batch_size=None)),
+        "_SingleProcessDataLoaderIter",
+    ),
+}
+
+# name -> how it is made, how the program uses it, what the refusal says.
+OTHERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+    "file": (text_file, lambda f: float(f.readline()), "reads or writes a file"),
+    "lines": (text_file, lambda f: float(next(f)), "reads or writes a file"),
+    "text in memory": (
+        lambda: io.StringIO("1\n2\n"), lambda f: float(f.read(1)), "reads or writes a file"
+    ),
+    "queue": (lambda: filled(queue.Queue), lambda q: q.get(), "uses a queue"),
+    "stack": (lambda: filled(queue.LifoQueue), lambda q: q.get_nowait(), "uses a queue"),
+    "simple queue": (lambda: filled(queue.SimpleQueue), lambda q: q.get(), "uses a queue"),
+    "length of a queue": (
+        lambda: filled(queue.Queue), lambda q: float(q.qsize()), "uses a queue"
+    ),
+    "next": (
+        lambda: iter([1.0, 2.0]).__next__, lambda f: f(), "next value of an iterator"
+    ),
+    "send": (lambda: batches().send, lambda f: f(None), "next value of an iterator"),
+    "get": (lambda: filled(queue.Queue).get, lambda f: f(), "uses a queue"),
+}  # fmt: skip
+
+RANDOM: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "random.Random": (lambda: random.Random(3), lambda r: r.random()),
+    "random.Random.shuffle": (
+        lambda: random.Random(3), lambda r: float(r.sample(range(100), 1)[0])
+    ),
+}  # fmt: skip
+if numpy is not None:
+    RANDOM["Generator"] = (lambda: numpy.random.default_rng(3), lambda r: float(r.random()))
+    RANDOM["MT19937"] = (
+        lambda: numpy.random.Generator(numpy.random.MT19937(3)), lambda r: float(r.normal())
+    )  # fmt: skip
+    RANDOM["RandomState"] = (lambda: numpy.random.RandomState(3), lambda r: float(r.rand()))
+
+LINE = r"\(at .*\.py:\d+\)"
+X = torch.tensor([1.0, 2.0])
+shared: Any = None  # what a program finds in a global
+
+
+class Holder(nn.Module):
+    def __init__(self, source: Any, use: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.source = source
+        self.use = use
+
+    def forward(self, x):
+        return x + self.use(self.source)
+
+
+class Plain:
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+
+class Slotted:
+    __slots__ = ("source",)
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+
+def from_global(use: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: x + use(shared)
+
+
+def from_default(source: Any, use: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def program(x, source=source):
+        return x + use(source)
+
+    return program
+
+
+def from_keyword(source: Any, use: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def program(x, *, source=source):
+        return x + use(source)
+
+    return program
+
+
+def places(source: Any, use: Callable[[Any], Any]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """One source in all places where a program may have it from: program and arguments."""
+    global shared
+    shared = source
+    plain, slotted = Plain(source), Slotted(source)
+    deep = {"a": [(0, (source,))]}
+    return {
+        "closure": (lambda x: x + use(source), (X,)),
+        "global": (from_global(use), (X,)),
+        "attribute of a module": (Holder(source, use), (X,)),
+        "attribute": (lambda x: x + use(plain.source), (X,)),
+        "slot": (lambda x: x + use(slotted.source), (X,)),
+        "containers": (lambda x: x + use(deep["a"][0][1][0]), (X,)),
+        "argument": (lambda x, s: x + use(s), (X, source)),
+        "argument's container": (lambda x, d: x + use(d["a"][0][1][0]), (X, deep)),
+        "argument's attribute": (lambda x, p: x + use(p.source), (X, plain)),
+        "default": (from_default(source, use), (X,)),
+        "default for a keyword": (from_keyword(source, use), (X,)),
+        "partial": (functools.partial(lambda s, x: x + use(s), source), (X,)),
+        "keyword of a partial": (functools.partial(lambda x, s: x + use(s), s=source), (X,)),
+        "partial in a closure": (
+            lambda x, p=functools.partial(use, source): x + p(), (X,)
+        ),
+    }  # fmt: skip
+
+
+class MovingSourceTest(unittest.TestCase):
+    """Refused by name and line, before anything has moved, wherever the program has it from."""
+
+    def refused(self, program: Any, args: tuple[Any, ...], pattern: str) -> None:
+        _graph, error = extract_untouched(program, Call(*args))
+        self.assertIsInstance(error, UnsupportedError)
+        self.assertRegex(str(error), pattern)
+
+    def everywhere(self, make: Callable[[], Any], use: Callable[[Any], Any], pattern: str) -> None:
+        expected = use(make())
+        for place in places(make(), use):
+            with self.subTest(place=place):
+                source = make()
+                program, args = places(source, use)[place]
+                self.refused(program, args, pattern)
+                self.assertEqual(use(source), expected, "the capture moved it")
+
+    def test_iterators(self):
+        for name, (make, kind) in ITERATORS.items():
+            with self.subTest(name):
+                self.everywhere(
+                    make, next, f"takes the next value of an iterator .* of type ({kind}) {LINE}"
+                )
+
+    def test_others(self):
+        for name, (make, use, what) in OTHERS.items():
+            with self.subTest(name):
+                self.everywhere(make, use, f"the program .*{what} .* {LINE}")
+
+    def test_random_generators(self):
+        for name, (make, use) in RANDOM.items():
+            with self.subTest(name):
+                self.everywhere(make, use, "draws numbers from .*, a .*, which a replay would not")
+
+    def test_for_loop(self):
+        def program(x):
+            for value in source:
+                x = x + value
+            return x
+
+        source = batches()
+        self.refused(program, (X,), "that was there before it, `source`")
+        self.assertEqual(list(source), [1.0, 2.0, 3.0])
+
+    def test_uses_that_are_no_next(self):
+        source = iter([1.0, 2.0])
+        uses = {
+            "list": lambda: len(list(source)),
+            "sum": lambda: sum(source),
+            "zip": lambda: [a + b for a, b in zip(source, [1.0])][0],
+            "in": lambda: 2.0 in source,
+            "unpacked": lambda: [*source][0],
+            "islice": lambda: next(itertools.islice(source, 1, 2)),
+            "tee": lambda: next(itertools.tee(source)[0]),
+            "stack": lambda: torch.tensor(list(source)).sum(),
+            "yield from": lambda: next((lambda: (yield from source))()),
+        }
+        for name, use in uses.items():
+            with self.subTest(name):
+                self.refused(lambda x, use=use: x + use(), (X,), "next value of an iterator")
+        self.assertEqual(list(source), [1.0, 2.0])
+
+    def test_program_that_catches_the_refusal(self):
+        def program(x):
+            try:
+                return x + next(source)
+            except Exception:
+                return x
+
+        source = iter([1.0, 2.0])
+        self.refused(program, (X,), "next value of an iterator")
+
+    def test_program_that_raises(self):
+        """The random numbers that it drew are put back; the call draws them, as eager does."""
+
+        def program(x, draws):
+            if draws() >= 0:
+                raise ValueError("mine")
+            return x
+
+        for name, (make, use) in RANDOM.items():
+            with self.subTest(name):
+                source = make()
+                with self.assertRaisesRegex(ValueError, "mine"):
+                    extract_compiled_graph(program, (X, lambda s=source, u=use: u(s)))
+                self.assertEqual(use(source), use(make()))
+
+    def test_socket(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.send(b"12")
+            self.refused(
+                lambda x: x + int(ours.recv(1)), (X,), f"uses a socket .*of type socket {LINE}"
+            )
+            self.assertEqual(ours.recv(1), b"1")
+
+
+class StandInTest(unittest.TestCase):
+    """What a program may do with something that moves: everything but moving it."""
+
+    def test_looked_at(self):
+        source = iter([1.0])
+
+        def program(x):
+            known = source is not None and isinstance(source, type(iter([]))) and bool(source)
+            return x + known
+
+        check(lambda: program, tensors((2,)))
+
+    def test_returned_and_kept(self):
+        """It is the thing itself that is returned, and kept."""
+        source = iter([1.0, 2.0])
+        kept: dict[str, Any] = {}
+        holder = Plain((source, 1))
+
+        def program(x):
+            kept["it"] = source
+            kept["both"] = holder.source
+            return x + 1, source, {"a": (source,)}, holder.source
+
+        graph = extract_compiled_graph(program, (X,))
+        self.assertEqual(kept, {})
+        self.assertIs(holder.source[0], source)
+        for _ in range(3):
+            _, first, second, third = graph(X)
+            for found in (first, second["a"][0], third[0], kept["it"], kept["both"][0]):
+                self.assertIs(found, source)
+        self.assertIs(holder.source[0], source)
+
+    def test_argument_is_another_one(self):
+        graph = extract_compiled_graph(lambda x, it: (x + 1, it), (X, iter([1])))
+        for _ in range(3):
+            source = iter([1])
+            self.assertIs(graph(X, source)[1], source)
+
+    test_made_inside = makefunctiontest(
+        lambda x: x + sum(itertools.islice(itertools.count(3), 4)) + next(iter([x])), tensors((2,))
+    )
+    test_random_made_inside = makefunctiontest(
+        lambda x: x + random.Random(3).random(), tensors((2,))
+    )
+    # Its attributes are state like any other.
+    test_own_class = maketest(lambda: Counted(), tensors((2,)), captures=None)
+
+    def test_printed_to(self):
+        stream = sys.stderr
+        check(lambda: lambda x: x + (stream.write("") or 0) + stream.writable(), tensors((2,)))
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = Numbers()
+
+    def forward(self, x):
+        return x + next(self.numbers)
+
+
+class Numbers:
+    def __init__(self) -> None:
+        self.last = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.last += 1
+        return self.last
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,274 @@
+"""Record: things that move when they are used, and that were there before the program.
+
+The next value of an iterator, a line of a file, an item of a queue, a number of a random generator
+that is not torch's: no operator sees where they come from, and a replay would use the one of the
+capture again. So for the time of a capture something else stands in the place of each, which
+refuses before the thing itself has moved. Generators of random numbers can be put back: those are
+compared instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pickle
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+
+from torch_lazy_ext import _lift, _tree
+from torch_lazy_ext._errors import UnsupportedError
+
+_ITERATOR = "takes the next value of an iterator"
+# Beside everything else that has a `__next__`: module, class, what a use of it is called.
+_CLASSES = (
+    ("io", "IOBase", "reads or writes a file"),
+    ("queue", "Queue", "uses a queue"),
+    ("queue", "SimpleQueue", "uses a queue"),
+    ("multiprocessing.queues", "Queue", "uses a queue"),
+    ("multiprocessing.queues", "SimpleQueue", "uses a queue"),
+    ("multiprocessing.connection", "Connection", "uses a connection"),
+    ("socket", "socket", "uses a socket"),
+)
+# Methods that a program may hold instead of the object.
+_METHODS = ("__next__", "send", "throw", "get", "get_nowait", "read", "readline", "recv")
+_METHOD_TYPES = (types.BuiltinMethodType, types.MethodWrapperType, types.MethodType)
+
+# Random generators: module, class, how to read the state, how to set it, what to compare of it.
+_RANDOM: tuple[tuple[str, str, Callable[[Any], Any], Any, Callable[[Any], Any]], ...] = (
+    ("random", "Random", lambda r: r.getstate(), lambda r, state: r.setstate(state), tuple),
+    (
+        "numpy.random",
+        "Generator",
+        lambda r: r.bit_generator.state,
+        lambda r, state: setattr(r.bit_generator, "state", state),
+        pickle.dumps,
+    ),
+    (
+        "numpy.random",
+        "BitGenerator",
+        lambda r: r.state,
+        lambda r, state: setattr(r, "state", state),
+        pickle.dumps,
+    ),
+    (
+        "numpy.random",
+        "RandomState",
+        lambda r: r.get_state(),
+        lambda r, state: r.set_state(state),
+        pickle.dumps,
+    ),
+)
+
+
+def _class(module: str, name: str) -> type | tuple[()]:
+    """A class for isinstance, if its module has been imported."""
+    found = getattr(sys.modules.get(module), name, ())
+    return found if isinstance(found, type) else ()
+
+
+def _kind(value: Any) -> str:
+    """What a use of `value` is called; nothing if it does not move."""
+    if isinstance(value, _METHOD_TYPES):
+        return _kind(value.__self__) if value.__name__ in _METHODS else ""
+    for module, name, what in _CLASSES:
+        if isinstance(value, _class(module, name)):
+            return what
+    # The attributes of an object that can be looked into are state like any other.
+    moves = hasattr(type(value), "__next__") and _tree.parts(value) is None
+    return _ITERATOR if moves and not isinstance(value, torch.nn.Module) else ""
+
+
+def _may_move(cls: type) -> bool:
+    """Whether an object of this class can be anything that is meant here."""
+    classes = [row[:2] for row in _CLASSES] + [row[:2] for row in _RANDOM]
+    return (
+        hasattr(cls, "__next__")
+        or issubclass(cls, _METHOD_TYPES)
+        or any(issubclass(cls, _class(*names)) for names in classes)
+    )
+
+
+def user_line() -> str:
+    """The line of the program that is running: the innermost one that is in no library."""
+    frame: types.FrameType | None = sys._getframe(1)
+    innermost = ""
+    while frame is not None:
+        root = frame.f_globals.get("__name__", "").partition(".")[0]
+        if root != "torch_lazy_ext":
+            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            if root != "torch" and root not in sys.stdlib_module_names:
+                return line
+            innermost = innermost or line
+        frame = frame.f_back
+    return innermost
+
+
+class StandIn:
+    """Takes the place of something that moves: every use of it is refused."""
+
+    __slots__ = ("_moving", "_name", "_value", "_what")
+
+    def __init__(self, moving: Moving, value: Any, what: str, name: str) -> None:
+        self._moving = moving
+        self._value = value
+        self._what = what
+        self._name = name
+
+    @property  # type: ignore[misc] # for isinstance
+    def __class__(self) -> type:
+        return type(self._value)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        cls = type(getattr(self._value, "__self__", self._value))
+        raise self._moving.refusal(
+            f"the program {self._what} that was there before it, `{self._name}` of type "
+            f"{cls.__name__} (at {user_line()}), which a replay would not move: take from it before "
+            "the call, and pass what it gave"
+        )
+
+    def __iter__(self) -> StandIn:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        self._refuse()
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __repr__(self) -> str:
+        return repr(self._value)
+
+    __next__ = __call__ = __len__ = __getitem__ = __enter__ = __exit__ = _refuse
+    __copy__ = __deepcopy__ = __reduce_ex__ = _refuse
+
+
+class _Random:
+    """A random generator, and the state in which the program found it."""
+
+    def __init__(self, value: Any, name: str) -> None:
+        self.name = name
+        self._value = value
+        self._get, self._set, self._key = next(
+            row[2:] for row in _RANDOM if isinstance(value, _class(*row[:2]))
+        )
+        self._state = self._get(value)
+        self._before = self._key(self._state)
+
+    def put_back(self) -> bool:
+        """Whether the state was another by now."""
+        if self._key(self._get(self._value)) == self._before:
+            return False
+        self._set(self._value, self._state)
+        return True
+
+
+class Moving:
+    """What moves, of one capture.
+
+    Args:
+        refusal: makes the error, which the capture then fails with in any case.
+    """
+
+    def __init__(self, refusal: Callable[[str], UnsupportedError]) -> None:
+        self.refusal = refusal
+        self._stand_ins: dict[int, StandIn] = {}  # id of what they stand for ->
+        self._kinds: dict[type, bool] = {}
+        self._random: dict[int, _Random] = {}
+        # The generators of the modules: every program can reach these.
+        self._add_random(random._inst, "Python's random")
+        if "numpy.random" in sys.modules:
+            import numpy.random
+
+            self._add_random(numpy.random.mtrand._rand, "numpy.random")
+
+    def _add_random(self, value: Any, name: str) -> None:
+        self._random.setdefault(id(value), _Random(value, name))
+
+    def given(self, value: Any, name: str = "an argument") -> Any:
+        """What the program sees of a value that was there before it."""
+        cls = type(value)
+        if cls is tuple or (hasattr(cls, "_fields") and isinstance(value, tuple)):
+            items = list(tuple.__iter__(value))
+            made = [self.given(item, f"{name}.{i}") for i, item in enumerate(items)]
+            if all(a is b for a, b in zip(items, made)):
+                return value
+            return tuple.__new__(cls, made)
+        if cls not in self._kinds:
+            self._kinds[cls] = _may_move(cls)
+        if not self._kinds[cls]:
+            return value
+        if any(isinstance(value, _class(*row[:2])) for row in _RANDOM):
+            self._add_random(value, f"{name}, a {cls.__module__}.{cls.__name__}")
+            return value
+        known = self._stand_ins.get(id(value))
+        if known is None:
+            # The program prints to these.
+            standard = any(value is s for s in (sys.stdout, sys.stderr, sys.__stdout__))
+            what = "" if standard else _kind(value)
+            if not what:
+                return value
+            known = self._stand_ins[id(value)] = StandIn(self, value, what, name)
+        return known
+
+    @contextlib.contextmanager
+    def in_place_of(self, state: _lift.State) -> Iterator[None]:
+        """Put stand-ins in the place of what moves among the program's state."""
+        with contextlib.ExitStack() as undo:
+            for slot, value in state.values:
+                # What a tuple holds, with the slot that holds the tuple.
+                if type(value) in _tree.SIMPLE_TYPES or isinstance(slot.owner, tuple):
+                    continue
+                made = self.given(value, slot.name or type(value).__name__)
+                if made is not value:
+                    slot.write(made)
+                    undo.callback(_put_back, slot, value, made)
+            for function in state.functions:
+                self._defaults(function, undo)
+            yield
+
+    def _defaults(
+        self, function: types.FunctionType | functools.partial[Any], undo: contextlib.ExitStack
+    ) -> None:
+        """The same for the tuple of a function's defaults, and for the arguments of a partial."""
+        if isinstance(function, functools.partial):
+            args = self.given(function.args, "an argument of a partial")
+            if args is not function.args:
+                # Function, arguments, keywords, attributes; not in its stub.
+                set_state = function.__setstate__  # type: ignore[attr-defined]
+                before: Any = function.__reduce__()[2]
+                set_state((before[0], args, *before[2:]))
+                undo.callback(set_state, before)
+            return
+        defaults = function.__defaults__
+        made = self.given(defaults, f"a default of {function.__name__}")
+        if made is not defaults:
+            function.__defaults__ = made
+            undo.callback(setattr, function, "__defaults__", defaults)
+
+    @staticmethod
+    def real(value: Any) -> Any:
+        """What a stand-in stands for, also in a tuple that was made for it."""
+        if type(value) is StandIn:
+            return value._value
+        return value
+
+    def put_back(self) -> list[str]:
+        """Put the random generators back; the names of those that the program has moved."""
+        return [r.name for r in self._random.values() if r.put_back()]
+
+
+def drawn_from(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the program draws numbers from {name}, which a replay would not draw again: draw "
+        "them with torch, or before the call, and pass them"
+    )
+
+
+def _put_back(slot: _lift.Slot, value: Any, made: Any) -> None:
+    if slot.read() is made:
+        slot.write(value)
