@@ -155,6 +155,15 @@ VIEWS = {
     "contiguous": lambda x: x.contiguous(),
     "contiguous_that_copies": lambda x: x.t().contiguous(),
     "unfolded": lambda x: x.unfold(0, 2, 2),
+    "windows_with_gaps": lambda x: x.unfold(0, 1, 3),
+    "windows_before_the_end": lambda x: x.unfold(1, 2, 2),
+    "windows_of_transposed": lambda x: x.t().unfold(1, 1, 2),
+    "windows_of_view": lambda x: x[1:, ::2].unfold(0, 1, 2),
+    "windows_of_windows": lambda x: x.view(-1).unfold(0, 5, 6).unfold(1, 2, 3)[..., 1],
+    "as_strided_of_view": lambda x: x[1:].as_strided((2, 2), (5, 2), 4),
+    "as_strided_of_view_with_gaps": lambda x: x.view(-1)[::2].as_strided((2, 2), (4, 2), 2),
+    "as_strided_of_as_strided": lambda x: x.as_strided((6,), (2,), 0).as_strided((2,), (4,), 2),
+    "as_strided_of_transposed": lambda x: x.t()[1:].as_strided((3,), (3,), 1),
     "view_as": lambda x: x.view_as(x),
     "unflattened": lambda x: x.unflatten(0, (2, 2)),
     "flattened": lambda x: x.flatten(),
@@ -231,7 +240,50 @@ OUT = {
     "randn": lambda x, y: torch.randn(4, 3, out=x),
     "clamp": lambda x, y: torch.clamp(y, 0, 1, out=x),
     "linspace": lambda x, y: torch.linspace(0, 1, 3, out=x[2]),
+    "numbers": lambda x, y: torch.add(2, 3, alpha=2, out=x[0, 1]),
+    "numbers_of_two_types": lambda x, y: torch.div(2.5, True, out=x[1, 1]),
+    "numbers_to_intermediate": lambda x, y: y + torch.mul(2, 3.5, out=torch.empty(())),
+    "numbers_to_integers": lambda x, y: torch.sub(2, 5, out=torch.empty((), dtype=torch.int8)),
 }
+
+
+@torch.library.custom_op("torch_lazy_ext_test_mutation::add_and_double_", mutates_args=("a", "b"))
+def add_and_double_(a: Tensor, b: Tensor) -> None:
+    a.add_(1)
+    b.mul_(2)
+
+
+@torch.library.custom_op("torch_lazy_ext_test_mutation::add_and_scale_", mutates_args=("a",))
+def add_and_scale_(a: Tensor, b: Tensor) -> None:
+    a.add_(1)
+    a.mul_(b)
+
+
+SAME_PLACE = {
+    "one_tensor": lambda x: (x, x),
+    "two_views": lambda x: (x[1:], x[1:]),
+    "view_and_tensor": lambda x: (x, x.view(4, 3)),
+    "two_ways_to_one_place": lambda x: (x[1:][1:], x[2:]),
+    "intermediate": lambda x: (lambda y: (y.t(), y.t()))(x * 2),
+    "other_place": lambda x: (x[:1], x[1:2]),
+}
+
+
+class OnePlaceTwiceTest(unittest.TestCase):
+    """A custom operator sees in one argument what it wrote to another that is the same memory."""
+
+    test_two_arguments_over_one_memory = makefunctiontest(
+        add_and_double_, lambda: (lambda x: (x, x.view(3, 2)))(randn(3, 2))
+    )
+
+
+for _name, _pair in SAME_PLACE.items():
+    for _op in (add_and_double_, add_and_scale_):
+        setattr(
+            OnePlaceTwiceTest,
+            f"test_{_op._name.rpartition('::')[2]}{_name}",
+            writing(lambda x, y, op=_op, pair=_pair: (lambda p: (op(*p), *p))(pair(x))),
+        )
 
 
 class OutTest(unittest.TestCase):
@@ -692,6 +744,26 @@ class RefusedWriteTest(unittest.TestCase):
         self.refused(
             lambda x: torch.sum(x, 0, out=x), lambda: (torch.ones(2, 1, 3).bool(),), "order"
         )
+
+    def test_as_strided_around_the_elements_of_a_view(self) -> None:
+        for write in (
+            lambda x: x[2:].as_strided((2, 2), (5, 2), 1).mul_(2),
+            lambda x: x[::2].as_strided((2,), (4,), 1).mul_(2),
+        ):
+            self.refused(write, lambda: (randn(12),), "none of the elements")
+
+    def test_numbers_that_give_another_shape(self) -> None:
+        self.refused(lambda x: torch.add(2, 3, out=x), lambda: (randn(2),), "another shape")
+
+    def test_memory_of_a_storage(self) -> None:
+        import torch._inductor.inductor_prims  # registers the operator
+
+        def program(x):
+            torch.ops.inductor.resize_storage_bytes_(x, 0)
+            x.set_(torch.ones(2))
+
+        with torch.no_grad():
+            self.refused(program, lambda: (randn(8),), "wants the memory of a tensor")
 
     def test_part_of_windows_that_overlap(self) -> None:
         self.refused(

@@ -2,6 +2,7 @@
 #include "nested.h"
 #include "record.h"
 #include "rehearse.h"
+#include "views.h"
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/FunctionalTensorWrapper.h>
@@ -14,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <unordered_set>
@@ -353,24 +355,6 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     // Dimensions of size 1 may have other strides.
     return view.strides() == at::IntArrayRef(strides) && answer(view);
   }
-  if (name == "aten::unfold" && !at(0).toTensor().requires_grad()) {
-    // Functionalization finds no way back from windows that overlap; a single one overlaps none.
-    const at::Tensor self = at(0).toTensor();
-    const int64_t size = at(2).toInt(), step = at(3).toInt();
-    if (self.dim() == 0 || at(1).toInt() < -self.dim() || at(1).toInt() >= self.dim()) {
-      return false; // not that, or an error
-    }
-    const int64_t dim = at::maybe_wrap_dim(at(1).toInt(), self.dim());
-    if (step <= 0 || size <= step || self.size(dim) < size || self.size(dim) >= size + step) {
-      return false;
-    }
-    std::vector<int64_t> sizes = self.sizes().vec(), strides = self.strides().vec();
-    sizes[dim] = 1;
-    sizes.push_back(size);
-    strides.push_back(strides[dim]);
-    strides[dim] *= step;
-    return answer(at::as_strided(self, sizes, strides));
-  }
   if (name == "aten::is_nonzero" && at(0).toTensor().numel() == 1) {
     // What a branch looks at is the answer, not the number.
     const at::Tensor& asked = at(0).toTensor();
@@ -607,6 +591,31 @@ void restore_strides(const Written& w) {
   fi::sync(w.tensor);
 }
 
+// Operators that a graph cannot hold, by how their names begin.
+struct Inexpressible {
+  const char* begins;
+  const char* does;
+  const char* instead;
+};
+
+constexpr const char* keep_outside = "keep this part outside of the captured program";
+constexpr const char* quantizes = "makes a quantized tensor, which a graph cannot hold";
+constexpr const char* takes_memory =
+    "wants the memory of a tensor, and there is none while it is captured";
+constexpr Inexpressible inexpressible[] = {
+    {"aten::quantize_per_", quantizes, keep_outside},
+    {"aten::_empty_affine_quantized", quantizes, keep_outside},
+    {"aten::_empty_per_channel_affine_quantized", quantizes, keep_outside},
+    {"inductor::resize_storage_bytes_", takes_memory, keep_outside},
+    {"inductor::_reinterpret_tensor", takes_memory, "use torch.as_strided"},
+    {"inductor::_alloc_from_pool", takes_memory, "use torch.as_strided"},
+    {"c10d::",
+     "talks to other processes in a way that cannot be recorded",
+     "call torch.distributed.all_reduce, broadcast, all_gather_into_tensor or "
+     "reduce_scatter_tensor as attributes of torch.distributed, or "
+     "torch.distributed._functional_collectives"},
+};
+
 void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
   if (c10::impl::TorchDispatchModeTLS::stack_len() > recorder.dispatch_modes) {
     throw Unsupported(
@@ -618,25 +627,18 @@ void check_expressible(Recorder& recorder, const c10::OperatorHandle& op) {
             "tracers (make_fx, torch.func.linearize) out of the program"));
   }
   const std::string& name = op.schema().name();
-  if (name.compare(0, 19, "aten::quantize_per_") == 0 || name == "aten::_empty_affine_quantized" ||
-      name == "aten::_empty_per_channel_affine_quantized") {
-    throw Unsupported(
-        c10::str(
-            op.schema().operator_name(),
-            " makes a quantized tensor, which a graph cannot hold (at ",
-            recorder.describe(recorder.current_source()),
-            "): keep this part outside of the captured program"));
-  }
-  if (name.compare(0, 6, "c10d::") == 0) {
-    throw Unsupported(
-        c10::str(
-            op.schema().operator_name(),
-            " talks to other processes (at ",
-            recorder.describe(recorder.current_source()),
-            ") in a way that cannot be recorded: call torch.distributed.all_reduce, broadcast, "
-            "all_gather_into_tensor or reduce_scatter_tensor as attributes of torch.distributed, "
-            "or "
-            "torch.distributed._functional_collectives"));
+  for (const Inexpressible& row : inexpressible) {
+    if (name.compare(0, std::strlen(row.begins), row.begins) == 0) {
+      throw Unsupported(
+          c10::str(
+              op.schema().operator_name(),
+              " ",
+              row.does,
+              " (at ",
+              recorder.describe(recorder.current_source()),
+              "): ",
+              row.instead));
+    }
   }
 }
 
@@ -667,6 +669,87 @@ void take_dtype_of_out(const c10::OperatorHandle& op, Stack* stack, size_t begin
   }
 }
 
+// `torch.add(2, 3, out=t)`: nothing of what it reads is recorded, so its result is a constant,
+// which is copied to `t`. Returns whether it has put the result on the stack.
+bool record_write_of_numbers(
+    Recorder& recorder,
+    const c10::OperatorHandle& op,
+    Stack* stack,
+    size_t begin) {
+  const std::vector<c10::Argument>& arguments = op.schema().arguments();
+  if (!op.schema().is_mutable() || op.schema().returns().size() != 1) {
+    return false;
+  }
+  std::optional<size_t> out;
+  bool any_number = false;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const IValue& v = (*stack)[begin + i];
+    const c10::AliasInfo* alias = arguments[i].alias_info();
+    const bool written = alias != nullptr && alias->isWrite();
+    if (!v.isTensor()) {
+      if (v.isTensorList() || v.isOptionalTensorList() || written) {
+        return false;
+      }
+    } else if (written) {
+      if (out || !arguments[i].kwarg_only() || !fi::isFunctionalTensor(v.toTensor())) {
+        return false;
+      }
+      out = i;
+    } else if (is_captured(v.toTensor())) {
+      return false;
+    } else {
+      any_number = any_number || v.toTensor().defined();
+    }
+  }
+  if (!out || !any_number) {
+    return false;
+  }
+  const at::Tensor target = (*stack)[begin + *out].toTensor();
+  at::Tensor value;
+  {
+    StandaloneGuard alone;
+    Stack real(stack->begin() + static_cast<int64_t>(begin), stack->end());
+    real[*out] = at::empty({0}, target.options().requires_grad(false));
+    recorder.eager_raised = true; // what it raises
+    op.callBoxed(&real);
+    recorder.eager_raised = false;
+    value = real.back().toTensor();
+  }
+  if (value.sizes() != target.sizes()) {
+    throw Unsupported(
+        c10::str(
+            op.schema().operator_name(),
+            " of numbers gives another shape to a tensor (at ",
+            recorder.describe(recorder.current_source()),
+            "): use the result, without out="));
+  }
+  target.copy_(recorder.lift(value, /*constant=*/true));
+  stack->resize(begin);
+  stack->emplace_back(target);
+  return true;
+}
+
+// Puts the first of several tensors that are the same place in memory in the place of the others.
+// An operator that writes to its arguments sees in one of them what it wrote to another, which
+// clones of two views would not.
+void merge_same_places(Stack* stack, size_t begin) {
+  std::vector<at::Tensor> seen;
+  map_tensors(stack, begin, stack->size(), [&](const at::Tensor& t) {
+    if (!fi::isFunctionalTensor(t)) {
+      return t;
+    }
+    for (const at::Tensor& other : seen) {
+      if (storage_of(other) == storage_of(t) && other.storage_offset() == t.storage_offset() &&
+          other.sizes() == t.sizes() && other.strides() == t.strides() &&
+          other.scalar_type() == t.scalar_type()) {
+        return other;
+      }
+    }
+    seen.push_back(t);
+    return t;
+  });
+}
+
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
 
@@ -686,7 +769,8 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     stack->emplace_back(view);
     return false;
   }
-  if (replace(recorder, op, stack) || record_nested(recorder, op, stack, begin)) {
+  if (replace(recorder, op, stack) || record_nested(recorder, op, stack, begin) ||
+      record_write_of_numbers(recorder, op, stack, begin)) {
     return false;
   }
   std::vector<Written> written = written_to(op, *stack, begin);
@@ -712,17 +796,23 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
         c10::autograd_dispatch_keyset_with_ADInplaceOrView);
     op.callBoxed(stack);
   } else if (alone) {
+    merge_same_places(stack, begin);
     c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
     op.callBoxed(stack);
+    std::unordered_set<uintptr_t> counted; // what shares memory counts together
     for (const Written& w : written) {
-      recorder.custom_writes.push_back(
-          {recorder.last_write,
-           w.position,
-           id_of(w.tensor),
-           static_cast<int64_t>(version_of(w.tensor) - w.version)});
+      const uintptr_t id = id_of(w.tensor);
+      const int64_t moved = counted.insert(id).second ? version_of(w.tensor) - w.version : 0;
+      recorder.custom_writes.push_back({recorder.last_write, w.position, id, moved});
     }
   } else {
+    const bool inexact = has_inexact_inverse(op);
+    const Stack given =
+        inexact ? Stack(stack->begin() + static_cast<int64_t>(begin), stack->end()) : Stack();
     op.callBoxed(stack);
+    if (inexact) {
+      make_reversible(op, given, stack->back().toTensor());
+    }
   }
   for (const Written& w : written) {
     const bool view = !fi::unsafeGetFunctionalWrapper(w.tensor)->view_metas().empty();

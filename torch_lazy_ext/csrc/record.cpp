@@ -621,7 +621,11 @@ Stack Recorder::run(const OperatorCall& call, std::vector<int64_t>* bumps) {
   call_operator(call.op, call.grad_mode, stack);
   stack.insert(stack.end(), written.begin(), written.end());
   for (size_t k = 0; bumps != nullptr && k < targets.size(); ++k) {
-    bumps->push_back(version_of(targets[k]) - before[k]);
+    const bool again = std::any_of(
+        targets.begin(), targets.begin() + static_cast<int64_t>(k), [&](const at::Tensor& t) {
+          return t.is_same(targets[k]);
+        });
+    bumps->push_back(again ? 0 : version_of(targets[k]) - before[k]);
   }
   return stack;
 }
