@@ -6,6 +6,8 @@ compiler, no Python headers) is looked for first and reported as one sentence.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shlex
@@ -86,17 +88,48 @@ def check_toolchain() -> None:
         )
 
 
+COMPILER_MEMORY = 1.2 * 2**30
+"""Bytes that a compiler takes, at most, for one of the sources."""
+COMPILER_SECONDS = 25
+"""That it takes for one of them, on a usual core."""
+
+
+def compilers() -> int:
+    """How many compilers may run at a time: one for each core, as far as the memory goes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = []
+    with contextlib.suppress(OSError):
+        found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+        free += [int(found[1]) * 1024] if found else []
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    room = [int(bytes / COMPILER_MEMORY) for bytes in free]
+    return max(1, min([cores or 1, *room]))
+
+
+def build_key() -> str:
+    """What compiled sources depend on beside themselves, in few letters.
+
+    Python and its platform are in the names of setuptools' folders, and ninja compares commands.
+    """
+    compiler = shlex.split(get_cxx_compiler())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    flags = [os.environ.get(name, "") for name in ("CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS")]
+    text = "\n".join([torch.__version__, *compiler, version, *flags])
+    return f"torch-{TORCH_VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
 class BuildCheckedExtension(BuildExtension):
     """BuildExtension that looks at the compiler first, and notes which torch it built for.
+
+    What is compiled stays in build/, also where pip installs an editable package and setuptools
+    would take a folder for once, so that ninja compiles later only what has changed.
 
     The note lies beside the extension and has its name, which no other Python's extension has, so
     one checkout serves several. torch_lazy_ext/_built_for.py reads it.
     """
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        # What was compiled against other headers is of no use, whatever its time.
-        self.build_temp = f"{self.build_temp}-torch-{TORCH_VERSION}"
 
     def note_of(self, name: str) -> Path:
         return Path(self.get_ext_fullpath(name)).with_suffix(".torch")
@@ -104,11 +137,31 @@ class BuildCheckedExtension(BuildExtension):
     def run(self) -> None:
         check_toolchain()
         notes = [self.note_of(extension.name) for extension in self.extensions]
-        if any(not note.exists() or note.read_text() != TORCH_VERSION for note in notes):
-            self.force = True
+        if self.editable_mode:
+            name = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / name)
+        # What was compiled against other headers is of no use, whatever its time.
+        self.build_temp = f"{self.build_temp}-{build_key()}"
+        self.force = True  # Link always: ninja alone knows what is up to date.
+        os.environ.setdefault("MAX_JOBS", str(compilers()))
+        self.announce_compilers()
         super().run()
         for note in notes:
             note.write_text(TORCH_VERSION)
+
+    def announce_compilers(self) -> None:
+        """Say how long it may take; pip shows that with `-v`."""
+        objects = Path(self.build_temp)
+        sources = [s for extension in self.extensions for s in extension.sources]
+        left = [s for s in sources if not list(objects.rglob(f"{Path(s).stem}.o"))]
+        if left:
+            jobs = max(1, int(os.environ["MAX_JOBS"]))
+            minutes = len(left) * COMPILER_SECONDS / jobs / 60
+            print(
+                f"torch_lazy_ext: compiling {len(left)} files, {jobs} at a time, "
+                f"about {max(1, round(minutes))} min",
+                flush=True,
+            )
 
 
 def relative_glob(pattern: str) -> list[str]:

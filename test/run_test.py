@@ -33,6 +33,9 @@ from pathlib import Path
 
 TEST_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(TEST_DIR.parent))
+import tools  # noqa: E402, F401
+
+del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
 
 from tools.stats.test_times import TestTimes  # noqa: E402
 from tools.testing import progress, results, run_process, schedule, shards  # noqa: E402
@@ -165,6 +168,7 @@ def remember_failed(files: list[results.FileResult], whole: bool) -> None:
 def choose_works(args: argparse.Namespace, options: Options) -> list[Work]:
     """What to run, in this order."""
     times = TestTimes.load(args.slow)
+    args.recorded = bool(times.files)
 
     def list_tests(work: Work) -> list[str]:
         return run_process.list_tests(work, options)
@@ -237,6 +241,13 @@ def main(argv: list[str]) -> int:
         if args.save_xml is not None:
             results.save_xml(args.save_xml, files, f"-shard{k}of{n}" if n > 1 else "")
 
+    if args.recorded:
+        files = len({w.file for w in works})
+        expected = sum(w.seconds for w in works) / min(args.jobs, max(1, len(works)))
+        print(
+            f"{files} files, about {max(1, round(expected / 60))} min on an idle machine",
+            flush=True,
+        )
     with progress.choose()(works) as shown:
         outcome = schedule.run_all(
             works, options, args.jobs, shown, args.continue_through_error, args.verbose, save

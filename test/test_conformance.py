@@ -17,6 +17,9 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import tools  # noqa: E402, F401
+
+del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
 
 from tools.conformance import page, run  # noqa: E402
 from tools.conformance.items import SELF, Item  # noqa: E402

@@ -11,6 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import tools  # noqa: E402, F401
+
+del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
 
 from tools.linter import lint, stub  # noqa: E402
 

@@ -21,6 +21,9 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import tools  # noqa: E402, F401
+
+del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
 
 from tools.testing import results  # noqa: E402
 
@@ -661,6 +664,8 @@ class RunTestTest(unittest.TestCase):
             ),
         )
         (self.root / "tools/stats/test_times.json").write_text(json.dumps({"default": times}))
+        lines = self.run_test("--jobs", "1", status=0)
+        self.assertEqual(lines[0], "4 files, about 1 min on an idle machine")
         names = []
         for k in "123":
             folder = self.root / f"xml{k}"

@@ -12,10 +12,7 @@ if (_refusal := _built_for.refusal(__version__)) is not None:
 try:
     from torch_lazy_ext import _C as _C
 except ImportError as e:
-    raise ImportError(
-        "torch_lazy_ext has no compiled extension here: run `pip install .` (or `pip install -e .` "
-        f"to work in the checkout) with a C++ compiler installed ({e})"
-    ) from e
+    raise ImportError(_built_for.missing_extension(str(e))) from e
 
 with warnings.catch_warnings():
     # Meta kernels in Python import it when they first run, and it changes the warnings' filters:

@@ -1,4 +1,4 @@
-"""Whether the torch that is here is the one that the extension was compiled against.
+"""Whether there is an extension, and the torch that is here is the one it was compiled against.
 
 The extension reads PyTorch's objects where their headers had them, so another release is refused
 before anything of the extension is loaded.
@@ -6,7 +6,9 @@ before anything of the extension is loaded.
 
 from __future__ import annotations
 
-from importlib.machinery import EXTENSION_SUFFIXES
+import os
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
 
 import torch
@@ -34,4 +36,28 @@ def refusal(version: str) -> str | None:
         f"torch_lazy_ext {version} is built for torch {built}, and this is torch "
         f"{torch.__version__}: run `pip install torch=={built}`, or build torch_lazy_ext again "
         "beside this one (`pip install --no-build-isolation .` in its sources)"
+    )
+
+
+def missing_extension(error: str) -> str:
+    """What to say where the extension cannot be imported: what hides it, or how to build it.
+
+    Args:
+        error: what the import said.
+    """
+    sources = Path(__file__).resolve().parent
+    elsewhere = [p for p in sys.path if Path(p or os.curdir, sources.name).resolve() != sources]
+    installed = PathFinder.find_spec(sources.name, elsewhere)
+    built = any((sources / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+    if not built and installed is not None and installed.origin is not None:
+        return (
+            f"the sources in {sources.parent} hide the torch_lazy_ext that is installed in "
+            f"{Path(installed.origin).parents[1]}, and have no compiled extension: Python looks "
+            "first in the folder that it is started in. Start it in another folder, or run "
+            "`pip install --no-build-isolation -e .` here, which builds the extension beside the "
+            "sources"
+        )
+    return (
+        "torch_lazy_ext has no compiled extension here: run `pip install .` (or `pip install -e .` "
+        f"to work in the checkout) with a C++ compiler installed ({error})"
     )

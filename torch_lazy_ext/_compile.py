@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -359,6 +360,13 @@ def _stop(thread: threading.Thread) -> None:
         thread.join(timeout=5)
 
 
+# It looks for packages where this process does: not first in the folder that it is started in.
+_START_WORKER = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from torch_lazy_ext import _worker; _worker.work(*sys.argv[2:])"
+)
+
+
 def _elsewhere(
     module: fx.GraphModule, frozen: dict[int, torch.Tensor], threads: int
 ) -> _native.Code:
@@ -368,8 +376,14 @@ def _elsewhere(
         request, answer = os.path.join(folder, "request"), os.path.join(folder, "answer")
         torch.save((_fx.dump(module), frozen, threads), request)
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch_lazy_ext._worker", request, answer],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            [
+                sys.executable,
+                "-c",
+                _START_WORKER,
+                json.dumps([*map(str, sys.path)]),
+                request,
+                answer,
+            ],
             stdin=subprocess.PIPE,  # closed when this process ends, however it does
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

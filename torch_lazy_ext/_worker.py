@@ -1,15 +1,13 @@
 """Worker: a process that compiles one graph with Inductor, for `backend="tiered"`.
 
 In a process of its own, since Inductor changes what all threads see while it traces (the call of
-every module, the random number generator), and keeps Python busy for seconds.
-
-    python -m torch_lazy_ext._worker REQUEST ANSWER
+every module, the random number generator), and keeps Python busy for seconds. `_compile` starts it,
+by `work`.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 
 import torch
@@ -36,6 +34,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":
+def work(request: str, answer: str) -> None:
+    """`main`, in a process that ends with its parent."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    main(*sys.argv[1:])
+    main(request, answer)

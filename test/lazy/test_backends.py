@@ -843,7 +843,12 @@ class TieredTest(unittest.TestCase):
                 "graph(torch.ones(3))\n"
                 f"while not os.path.exists({folder!r} + '/pid'): time.sleep(0.01)\n"
             )
-            result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+            result = subprocess.run(
+                [sys.executable, "-c", script],
+                cwd=pathlib.Path(__file__).parent,  # not where sources hide an installed package
+                capture_output=True,
+                text=True,
+            )
             pid = int(pathlib.Path(folder, "pid").read_text())
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         while runs(pid):

@@ -254,6 +254,7 @@ class FreshProcessTest(unittest.TestCase):
         done = subprocess.run(
             [sys.executable, "-W", "error::DeprecationWarning:torch_lazy_ext", "-c",
              FRESH_PROCESS.format(before=before, after=after)],
+            cwd=os.path.dirname(__file__),  # not where sources hide an installed package
             capture_output=True,
             text=True,
         )  # fmt: skip

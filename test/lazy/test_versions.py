@@ -3,6 +3,7 @@
 """A build belongs to one torch: it says so in its metadata, and refuses another."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,34 @@ class ImportTest(TestCase):
     def test_local_version(self):
         text, fine = self.check(HERE + "+cu130")
         self.assertTrue(fine, text)
+
+
+class MissingExtensionTest(TestCase):
+    """In the folder of sources that nobody has built the extension beside."""
+
+    def attempt(self, **variables):
+        package = Path(torch_lazy_ext.__file__).parent
+        with tempfile.TemporaryDirectory() as folder:
+            left_out = shutil.ignore_patterns("*.so", "*.torch", "csrc", "__pycache__")
+            shutil.copytree(package, Path(folder, package.name), ignore=left_out)
+            program = f"import {package.name}"
+            text, fine = run("-c", program, folder=folder, **variables)
+            self.assertFalse(fine)
+            return folder, text.splitlines()[-1]
+
+    def test_installed_elsewhere(self):
+        folder, error = self.attempt(PYTHONPATH=where())
+        self.assertIn(
+            f"ImportError: the sources in {folder} hide the torch_lazy_ext that is installed in "
+            f"{Path(torch_lazy_ext.__file__).parents[1]}, and have no compiled extension",
+            error,
+        )
+        self.assertIn("Start it in another folder, or run `pip install", error)
+
+    def test_installed_nowhere(self):
+        path = os.pathsep.join(p for p in sys.path if not Path(p, "torch_lazy_ext").exists())
+        _, error = self.attempt(PYTHONPATH=path)
+        self.assertIn("torch_lazy_ext has no compiled extension here: run `pip install .`", error)
 
 
 def where():

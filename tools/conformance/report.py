@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
+import tools  # noqa: E402, F401
+
+del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
 
 from tools.conformance import page, run  # noqa: E402
 from tools.conformance.items import CONTESTANTS, KINDS, SELF, Item, all_items  # noqa: E402

@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,11 +23,14 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def fingerprint() -> str:
-    """What results depend on: the sources of the package, and what they are compared by."""
+    """What results depend on: the package that is tried, and what it is compared by."""
+    found = importlib.util.find_spec("torch_lazy_ext")
+    if found is None or found.origin is None:
+        sys.exit("torch_lazy_ext is not installed here: run `pip install -e .`")
     digest = hashlib.sha256()
-    for folder in ("torch_lazy_ext", "test/lazy", "tools/conformance"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".h"):
+    for folder in (Path(found.origin).parent, ROOT / "test/lazy", ROOT / "tools/conformance"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".so"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

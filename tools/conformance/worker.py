@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
+import tools  # noqa: E402, F401
+
+del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
 
 
 def main() -> None:

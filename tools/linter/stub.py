@@ -50,10 +50,12 @@ def generate() -> str:
     scripts = Path(sysconfig.get_path("scripts"))
     with tempfile.TemporaryDirectory() as folder:
         command = [str(scripts / "pybind11-stubgen"), "torch_lazy_ext._C", "-o", folder]
-        # The extension of this checkout, whichever one is installed.
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        env = {**os.environ, "PYTHONPATH": path}
-        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        # The extension of this checkout, whichever one is installed, if it is built.
+        env = dict(os.environ)
+        if list(ROOT.glob("torch_lazy_ext/_C*.so")):
+            path = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
+            env["PYTHONPATH"] = os.pathsep.join(path)
+        subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
         text = Path(folder, "torch_lazy_ext", "_C.pyi").read_text()
     for pattern, replacement in REPLACED:
         text = re.sub(pattern, replacement, text)

@@ -143,4 +143,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(PATH.parents[2]))
+    import tools  # noqa: F401
+
+    del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
     sys.exit(main(sys.argv[1:]))
