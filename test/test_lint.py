@@ -86,6 +86,10 @@ class LintTest(unittest.TestCase):
         self.write(path, text % "gitbub")
         self.assertRegex(self.run_linter("actionlint"), "gitbub")
 
+    def test_command_that_is_not_there(self):
+        linter = lint.Linter("", ("no-such-command",))
+        self.assertRegex(lint.run(linter, False), "needs no-such-command, which Node.js")
+
     def test_other_release(self):
         linter = lint.Linter("torch", ("false",))
         with unittest.mock.patch.object(lint, "pins", lambda: {"torch": "0.1"}):
@@ -95,7 +99,7 @@ class LintTest(unittest.TestCase):
         self.assertRegex(complaint, "needs no-such 0.1, and none is installed")
 
     def test_repository_is_pinned(self):
-        packages = {linter.package for linter in lint.LINTERS.values()}
+        packages = {linter.package for linter in lint.LINTERS.values() if linter.package}
         self.assertEqual({*packages, "pybind11-stubgen"}, lint.pins().keys())
 
     def test_stub_is_that_of_the_extension(self):

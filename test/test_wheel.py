@@ -33,6 +33,8 @@ class WheelTest(unittest.TestCase):
         (site,) = cls.environment.glob("lib/python*/site-packages")
         # torch and what tests need are those of this environment: gigabytes that are here already.
         (site / "those.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        # But for the setuptools that venv brings on some Pythons, which hides the one needed.
+        cls.run_in_checkout("python", "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools")
         cls.run_in_checkout(
             *("python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."),
             *("--wheel-dir", "dist"),

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
+import sysconfig
+import tempfile
 
 import torch
 from torch import fx
@@ -137,6 +140,18 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor) and node.op != "output"
 
 
+def unquoted_path() -> str | None:
+    """Why PyTorch's Inductor compiles nothing at all here, or None.
+
+    It takes the command for the compiler apart at spaces, also those within paths.
+    """
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    for path in (torch.__file__, sysconfig.get_path("include"), cache):
+        if any(character.isspace() for character in path):
+            return f"PyTorch's Inductor cannot work with a space in a path, as in {path!r}"
+    return None
+
+
 def check_suitable(module: fx.GraphModule) -> None:
     if not any(n.op == "call_function" for n in module.graph.nodes):
         raise Unsuitable("nothing to compute")
@@ -147,6 +162,8 @@ def check_suitable(module: fx.GraphModule) -> None:
         raise Unsuitable("complex numbers")
     if any(t.device.type != "cpu" for t in tensors):
         raise Unsuitable("other devices than the CPU")
+    if (reason := unquoted_path()) is not None:
+        raise Unsuitable(reason)
 
 
 def outputs_of(module: fx.GraphModule) -> tuple[list[fx.Node], list[Plan]]:

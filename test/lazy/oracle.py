@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_lazy_ext import CompiledGraph, extract_compiled_graph
+from torch_lazy_ext import CompiledGraph, _native, extract_compiled_graph
 
 __all__ = [
     "Call",
@@ -48,11 +48,14 @@ __all__ = [
     "expected_failures",
     "makefunctiontest",
     "maketest",
+    "needs_inductor",
     "random_tensor",
     "tensors",
 ]
 
 Program = Callable[..., Any]
+
+needs_inductor = unittest.skipIf(_native.unquoted_path(), str(_native.unquoted_path()))
 
 SEED = 20240
 VERSION = "version counter moved by"

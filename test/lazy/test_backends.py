@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from oracle import check, tensors
+from oracle import check, needs_inductor, tensors
 from test_extract_compiled_graph import (
     ModuleAddcmul,
     ModuleConstScale,
@@ -223,7 +223,10 @@ class ProgramTest(unittest.TestCase):
 
 for _program in PROGRAMS:
     for _backend in BACKENDS:
-        setattr(ProgramTest, f"test_{_program}_{_backend}", make_test(_program, _backend))
+        _test = make_test(_program, _backend)
+        if _backend.startswith("inductor"):
+            _test = needs_inductor(_test)
+        setattr(ProgramTest, f"test_{_program}_{_backend}", _test)
 
 
 # --- gradients ---------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ class GradientTest(unittest.TestCase):
     """Training steps; a variant with gradients is not frozen."""
 
     test_fx = make_gradient_test("fx")
-    test_inductor = make_gradient_test("inductor")
+    test_inductor = needs_inductor(make_gradient_test("inductor"))
     test_frozen = make_gradient_test("torchscript_frozen")
     test_callable = make_gradient_test("callable")
 
@@ -452,6 +455,7 @@ class FreezeTest(unittest.TestCase):
             (left,) = set(weights) - set(frozen)
             self.assertEqual(placeholders[left].meta["val"].shape, module.table.weight.shape)
 
+    @needs_inductor
     def test_parts_of_a_weight_are_worth_freezing(self) -> None:
         class Parts(nn.Module):
             def __init__(self) -> None:
@@ -480,6 +484,7 @@ class FreezeTest(unittest.TestCase):
         shapes = [tuple(inputs[i].meta["val"].shape) for i in variant._graph.weights]
         self.assertEqual(sorted(shapes), [(3,), (3, 3)])
 
+    @needs_inductor
     def test_large_products_are_not_worth_freezing(self) -> None:
         """But convolutions beside them are."""
 
@@ -566,6 +571,16 @@ class FallbackTest(unittest.TestCase):
 
         self.check(draw, inputs, "a torch.Generator", captures=None)
 
+    def test_path_with_a_space(self) -> None:
+        place = {"TORCHINDUCTOR_CACHE_DIR": "/tmp/not there"}
+        with unittest.mock.patch.dict(os.environ, place):
+            self.check(
+                lambda x: x * 2,
+                tensors((2,)),
+                "PyTorch's Inductor cannot work with a space in a path",
+            )
+
+    @needs_inductor
     def test_failure(self) -> None:
         def fails(*_args: Any, **_kwargs: Any) -> None:
             raise RuntimeError("planted\nsecond line")
@@ -573,6 +588,7 @@ class FallbackTest(unittest.TestCase):
         with unittest.mock.patch.object(_inductor.compile_fx, "compile_fx_inner", fails):
             self.check(lambda x: x + 1, tensors((2,)), "planted")
 
+    @needs_inductor
     def test_wrong_layout(self) -> None:
         """The first run looks at what the code returns, and finds a result that is another one."""
         plain = _inductor._decomposed
@@ -706,6 +722,7 @@ class TieredTest(unittest.TestCase):
             x = torch.randn(2, 3)
             torch.testing.assert_close(graph(x), module(x))
 
+    @needs_inductor
     def test_switch(self) -> None:
         for freeze in (False, True):
             with self.subTest(freeze=freeze), torch.no_grad(), held_compiler() as event:
@@ -741,6 +758,7 @@ class TieredTest(unittest.TestCase):
             self.assertIn("planted", graph.specializations[0].backend)
         self.assertIn("planted", only_warning(caught))
 
+    @needs_inductor
     def test_weights_that_change_meanwhile(self) -> None:
         with torch.no_grad(), held_compiler() as event:
             module = Frozen()
@@ -754,6 +772,7 @@ class TieredTest(unittest.TestCase):
             self.assertEqual(graph.specializations[0].backend, "inductor")
             self.calls(graph, module)
 
+    @needs_inductor
     def test_undisturbed(self) -> None:
         """Random numbers, torch.compile and modules of this process, while the other compiles."""
         compiled = torch.compile(lambda x: x * 2, backend="eager")
@@ -779,6 +798,7 @@ class TieredTest(unittest.TestCase):
             for _ in range(3):
                 call()
 
+    @needs_inductor
     def test_convolution(self) -> None:
         """Constants come from the other process."""
         with torch.no_grad():
@@ -791,6 +811,7 @@ class TieredTest(unittest.TestCase):
                 (x,) = ids()
                 torch.testing.assert_close(graph(x), module(x))
 
+    @needs_inductor
     def test_threads(self) -> None:
         """Calls from several threads go on while the code is switched under them."""
         with held_compiler() as event:
@@ -829,6 +850,7 @@ class TieredTest(unittest.TestCase):
             self.assertEqual(failures, [])
             self.assertEqual(graph.specializations[0].backend, "inductor")
 
+    @needs_inductor
     def test_exit_while_compiling(self) -> None:
         """The end of the process neither waits for the compiler nor crashes."""
         with tempfile.TemporaryDirectory() as folder:

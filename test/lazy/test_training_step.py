@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from oracle import needs_inductor
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -327,8 +328,10 @@ for _backend in ("fx", "inductor"):
                 backend=_backend,
                 runs_on=stays(_name) if (_kind, _backend) == ("fused", "inductor") else "",
             )
-            if _backend == "inductor" and (_name, _kind) != ("AdamW", "foreach"):
-                _test = slow(_test)  # it compiles for seconds
+            if _backend == "inductor":
+                _test = needs_inductor(_test)
+                if (_name, _kind) != ("AdamW", "foreach"):
+                    _test = slow(_test)  # it compiles for seconds
             setattr(BackendTest, f"test_{_name}_{_kind}_{_backend}".lower(), _test)
 
 

