@@ -2,14 +2,18 @@
 
 """What CI is made of, as far as it can be looked at without GitHub."""
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted([*ROOT.glob(".github/workflows/*.yml"), *ROOT.glob(".github/actions/*/*.yml")])
@@ -60,6 +64,42 @@ class WorkflowTest(unittest.TestCase):
             for options in re.findall(r"\.ci/shard .* -i ([^-\n]+)", path.read_text()):
                 for name in options.split():
                     self.assertTrue((ROOT / "test" / f"{name}.py").exists(), f"{path.name}: {name}")
+
+
+class CompilersTest(unittest.TestCase):
+    """How many compilers a build starts."""
+
+    @classmethod
+    def setUpClass(cls):
+        arguments = mock.patch.object(sys, "argv", ["setup.py", "--version"])
+        with arguments, contextlib.redirect_stdout(io.StringIO()):
+            cls.compilers = staticmethod(runpy.run_path(str(ROOT / "setup.py"))["compilers"])
+
+    def count(self, cores, free, limit=None, used=0):
+        files = {"/proc/meminfo": f"MemTotal: 99 kB\nMemAvailable:  {int(free * 2**20)} kB\n"}
+        if limit is not None:
+            files["/sys/fs/cgroup/memory.max"] = limit
+            files["/sys/fs/cgroup/memory.current"] = str(int(used * 2**30))
+
+        def read_text(path):
+            if str(path) not in files:
+                raise FileNotFoundError(path)
+            return files[str(path)]
+
+        affinity = mock.patch.object(os, "sched_getaffinity", lambda _: set(range(cores)))
+        with affinity, mock.patch.object(Path, "read_text", read_text):
+            return self.compilers()
+
+    def test_one_for_each_core(self):
+        self.assertEqual([self.count(cores, 64) for cores in (1, 2, 16)], [1, 2, 16])
+
+    def test_as_far_as_the_memory_goes(self):
+        """In GiB: 1.2 for each, and one at least."""
+        self.assertEqual([self.count(16, free) for free in (0.5, 2.5, 6.1)], [1, 2, 5])
+
+    def test_memory_of_a_container(self):
+        self.assertEqual(self.count(16, 64, str(4 * 2**30), used=1), 2)
+        self.assertEqual(self.count(16, 64, "max\n", used=1), 16)
 
 
 class ReleaseTest(unittest.TestCase):
