@@ -1150,11 +1150,11 @@ def _release_kept(recording: Recording) -> None:
     stale = []
     alive = recorder.alive()
     while alive:
+        references = _count_of_last(alive) - _OWN_REFERENCES
         tensor = alive.pop()
         if id(tensor) in expected or not _C.is_capture_tensor(tensor):
             continue
         about = recorder.describe(tensor)
-        references = sys.getrefcount(tensor) - 2  # its own and ours
         if not references or not about.captured:
             continue
         if recorder.depends_on_input(about.value):
@@ -1180,18 +1180,22 @@ def _release_kept(recording: Recording) -> None:
 def _keeps_nested(recorder: _C.Recorder) -> bool:
     nested = recorder.nested_tensors()
     while nested:
-        tensor = nested.pop()
-        references = sys.getrefcount(tensor) - 2  # its own and ours
-        if _is_held(tensor, references):
+        references = _count_of_last(nested) - _OWN_REFERENCES
+        if _is_held(nested.pop(), references):
             return True
     return False
 
 
-def _is_held(tensor: torch.Tensor, references: int) -> bool:
-    """Whether Python certainly holds a tensor that has so many references beside the asker's.
+def _count_of_last(objects: list[Any]) -> int:
+    return sys.getrefcount(objects[-1])
 
-    The asker counts, for a call of this has one more where TorchDynamo evaluates frames.
-    """
+
+# The list's, and those of the call: Python 3.14 lets calls borrow what earlier releases count.
+_OWN_REFERENCES = _count_of_last([object()])
+
+
+def _is_held(tensor: torch.Tensor, references: int) -> bool:
+    """Whether Python certainly holds a tensor that has so many references beside the asker's."""
     # PyTorch itself may hold a tensor (a view holds its base), and with it the Python object.
     shared: bool = tensor._use_count() > 1  # type: ignore[attr-defined] # not in PyTorch's stub
     return references - shared > 0

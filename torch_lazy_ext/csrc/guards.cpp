@@ -14,22 +14,8 @@ namespace tle {
 
 namespace {
 
-// Changes whenever the dictionary does; nothing does from Python 3.13 on, where every
-// dictionary is looked through.
-bool is_unchanged(PyObject* dict, uint64_t version) {
-#if PY_VERSION_HEX < 0x030D0000
-  return version != 0 && reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == version;
-#else
-  return false;
-#endif
-}
-
-uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030D0000
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-  return 0;
-#endif
+bool is_unchanged(const std::pair<DictClock, uint64_t>& clock) {
+  return clock.second != 0 && clock.first.now() == clock.second;
 }
 
 // A borrowed reference; the owner lives as long as the process.
@@ -321,9 +307,10 @@ StateGuard::Dict& StateGuard::watch(PyObject* dict, Keep& keep) {
   auto [found, fresh] = dict_index_.try_emplace(dict, dicts_.size());
   if (fresh) {
     dicts_.push_back({dict});
-    versions_.emplace_back(dict, 0);
+    clocks_.emplace_back(DictClock(dict), 0);
     keep.append(py::handle(dict));
   }
+  clocks_[found->second].second = all_clocks_ = 0; // more is asked of it than before
   return dicts_[found->second];
 }
 
@@ -477,12 +464,14 @@ bool StateGuard::check() {
       return false;
     }
   }
-  for (size_t i = 0; i < versions_.size(); ++i) {
-    if (is_unchanged(versions_[i].first, versions_[i].second)) {
+  // Read before the dictionaries are: what changes one meanwhile is seen at the next check.
+  const uint64_t all_clocks = DictClock::of_all();
+  for (size_t i = 0; i < clocks_.size() && (all_clocks == 0 || all_clocks != all_clocks_); ++i) {
+    if (is_unchanged(clocks_[i])) {
       continue;
     }
     const Dict& d = dicts_[i];
-    const uint64_t version = version_of(d.dict);
+    const uint64_t now = clocks_[i].first.now();
     if ((d.size >= 0 && PyDict_GET_SIZE(d.dict) != d.size) || !has_order(d)) {
       return false;
     }
@@ -491,8 +480,9 @@ bool StateGuard::check() {
         return false;
       }
     }
-    versions_[i].second = version;
+    clocks_[i].second = now;
   }
+  all_clocks_ = all_clocks;
   return !called_python_ || read_handles_again();
 }
 
@@ -507,10 +497,13 @@ bool StateGuard::read_handles_again() {
       }
     }
   }
-  for (size_t i = 0; i < versions_.size(); ++i) {
+  for (size_t i = 0; i < clocks_.size(); ++i) {
+    if (is_unchanged(clocks_[i])) {
+      continue;
+    }
     const Dict& d = dicts_[i];
     for (const Entry& e : d.entries) {
-      if (e.handle >= 0 && !is_unchanged(d.dict, versions_[i].second)) {
+      if (e.handle >= 0) {
         current_[e.handle] = item(d.dict, e.key);
         if (current_[e.handle] == nullptr) {
           return false;

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include "clock.h"
 #include "tensor.h"
 
 #include <c10/util/SmallVector.h>
@@ -147,8 +148,10 @@ class StateGuard {
   bool read_handles_again();
 
   std::vector<Dict> dicts_;
-  // Parallel to dicts_, and looked at on every call: where the version stands, and what it was.
-  std::vector<std::pair<PyObject*, uint64_t>> versions_;
+  // Parallel to dicts_, and looked at on every call: the clock, and where it stood at the last check
+  // that held, or 0.
+  std::vector<std::pair<DictClock, uint64_t>> clocks_;
+  uint64_t all_clocks_ = 0; // where they all stood, or 0
   std::unordered_map<PyObject*, size_t> dict_index_;
   std::vector<Loose> loose_;
   std::vector<std::pair<PyObject*, Py_ssize_t>> sizes_;
