@@ -29,6 +29,7 @@ __all__: list[str] = [
     "ViewSequence",
     "call_with_numbers",
     "capturing",
+    "claim_dispatch_key",
     "hook_method",
     "is_capture_tensor",
     "lower",
@@ -327,6 +328,11 @@ def call_with_numbers(
     """
 
 def capturing() -> bool: ...
+def claim_dispatch_key() -> None:
+    """
+    Once for the process. Raises ImportError where somebody else has a fallback on the key.
+    """
+
 def hook_method(arg0: typing.Any, arg1: typing.Any) -> None:
     """
     Let calls of a method in a capturing thread ask `handler` first.

@@ -31,7 +31,9 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from torch_lazy_ext import _fx, _native
+from torch_lazy_ext import _fx, _native, _private
+
+_private.check(_private.INDUCTOR)
 
 aten = torch.ops.aten
 

@@ -17,14 +17,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._functorch import utils as _functorch_utils
 from torch.optim import radam as _radam
 
-from torch_lazy_ext import _C, _collectives, _generators, _lift, _moving, _optimizers, _tree
+from torch_lazy_ext import (
+    _C,
+    _collectives,
+    _generators,
+    _lift,
+    _moving,
+    _optimizers,
+    _private,
+    _tree,
+)
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
 from torch_lazy_ext._number import Number
 
 _C.set_unsupported_error(UnsupportedError)
+_C.claim_dispatch_key()
+_private.check(_private.ENTRIES)
+if torch.distributed.is_available():
+    _private.check(_private.DISTRIBUTED)
 
 
 _running = threading.local()  # .capture: the Capture of this thread, or None
@@ -303,12 +315,13 @@ class Capture:
                 "number. Draw from a torch.Generator that is an argument"
             )
 
-    def unwrap(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # No operator: a custom autograd.Function would be given the user's own tensors. Its `apply`
-        # calls this, and may have been looked up before the capture.
-        twins = (self.recorder.twin_of(a) if self.owns(a) else a for a in args)
-        unwrapped: tuple[Any, ...] = func(tuple(twins))
-        return unwrapped
+    def apply(self, func: Any, function: type, *args: Any, **kwargs: Any) -> Any:
+        # No operator: a custom autograd.Function would be given the user's own tensors.
+        twins = [self.recorder.twin_of(a) if self.owns(a) else a for a in args]
+        named = {key: self.recorder.twin_of(a) if self.owns(a) else a for key, a in kwargs.items()}
+        if all(a is b for a, b in zip((*args, *kwargs.values()), (*twins, *named.values()))):
+            return NotImplemented  # the second time
+        return func.__get__(None, function)(*twins, **named)
 
     def manual_seed(self, func: Any, seed: Any) -> torch.Generator:
         return self.generators.stand_in(_generators.DEFAULT).manual_seed(int(seed))
@@ -647,22 +660,26 @@ def _method(original: Any, handler: Callable[..., Any]) -> Any:
     return method
 
 
-def _hook(name: str, handler: Callable[..., Any]) -> None:
+def _hook(owner: type, name: str, handler: Callable[..., Any]) -> None:
     """Like `_method`, for good, and for those too who hold the method by reference."""
-    original = getattr(torch._C.TensorBase, name)
+    original = vars(owner)[name]
 
     def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         capture = getattr(_running, "capture", None)
-        if capture is None or not capture.owns(tensor):
+        if capture is None or not (isinstance(tensor, type) or capture.owns(tensor)):
             return NotImplemented
         return handler(capture, original, tensor, *args, **kwargs)
 
-    _C.hook_method(original, method)
+    try:
+        _C.hook_method(original, method)
+    except RuntimeError as e:
+        raise _private.changed(f"{owner.__name__}.{name} has {e}", "it is replaced") from e
 
 
-_hook("tolist", Capture.read)
-_hook("numpy", Capture.read)
-_hook("data_ptr", Capture.refuse)
+_hook(torch._C.TensorBase, "tolist", Capture.read)
+_hook(torch._C.TensorBase, "numpy", Capture.read)
+_hook(torch._C.TensorBase, "data_ptr", Capture.refuse)
+_hook(torch._C._FunctionBase, "apply", Capture.apply)
 
 
 def _property(original: Any, getter: Any, setter: Any) -> property:
@@ -769,6 +786,7 @@ def _install() -> None:
             replace(torch.distributed.distributed_c10d, name, function)
         functional = sys.modules.get("torch.distributed._functional_collectives")
         if functional is not None:
+            _private.check_once(_private.FUNCTIONAL_COLLECTIVES)
             wait = _function(functional._maybe_wrap_tensor, Capture.wait)
             replace(functional, "_maybe_wrap_tensor", wait)
         parallel = torch.nn.parallel.DistributedDataParallel
@@ -784,8 +802,6 @@ def _install() -> None:
     for cls in (torch.nn.Module, torch.optim.Optimizer):
         replace(cls, "zero_grad", _function(cls.zero_grad, Capture.zero_grad))
     replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
-    unwrap = _function(_functorch_utils.unwrap_dead_wrappers, Capture.unwrap)
-    replace(_functorch_utils, "unwrap_dead_wrappers", unwrap)
     for name, handler in _FROM_ARRAY.items():
         replace(torch, name, _function(getattr(torch, name), handler))
     for owner, name in _FROM_DATA:

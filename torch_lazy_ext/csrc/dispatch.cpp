@@ -1,4 +1,5 @@
-// Stage "record": the two boxed fallbacks through which every operator of a capture goes.
+// Stage "record": the boxed fallback through which every operator of a capture goes, and comes
+// again below functionalization.
 #include "nested.h"
 #include "record.h"
 #include "rehearse.h"
@@ -17,7 +18,9 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 
 namespace tle {
@@ -123,7 +126,22 @@ void forget_numbers(Stack* stack, size_t nargs) {
   }
 }
 
-void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
+// PyTorch resolves these bits in fallbacks of its own, below the capture's key, for each operator
+// that does not know them.
+void resolve_bits(DispatchKeySet ks, Stack* stack, size_t nargs) {
+  const size_t begin = stack->size() - nargs;
+  if (ks.has(DispatchKey::Conjugate)) {
+    map_tensors(
+        stack, begin, stack->size(), [](const at::Tensor& t) { return at::resolve_conj(t); });
+  }
+  if (ks.has(DispatchKey::Negative)) {
+    map_tensors(
+        stack, begin, stack->size(), [](const at::Tensor& t) { return at::resolve_neg(t); });
+  }
+}
+
+// Below functionalization: `below` are the keys that the operator would go on with.
+void record_kernel(const c10::OperatorHandle& op, DispatchKeySet below, Stack* stack) {
   const size_t nargs = op.schema().arguments().size();
   Recorder* recorder = Recorder::current();
   if (recorder != nullptr) {
@@ -136,6 +154,9 @@ void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stac
     const bool any_number = has_number(*stack, nargs);
     if (any_capture || (!any_tensor && any_number) ||
         (!any_tensor && is_factory(op.schema(), *stack))) {
+      if (!op.schema().is_mutable()) {
+        resolve_bits(below, stack, nargs);
+      }
       recorder->record(op, stack);
       return;
     }
@@ -144,8 +165,40 @@ void record_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stac
       forget_numbers(stack, nargs);
     }
   }
-  c10::impl::ExcludeDispatchKeyGuard guard(DispatchKey::Fake);
-  op.redispatchBoxed(ks & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Fake), stack);
+  c10::impl::ExcludeDispatchKeyGuard guard(capture_key);
+  op.redispatchBoxed(below, stack);
+}
+
+// In the place of an operator's kernels, below autograd: for those that write and have no
+// functional variant, to whose arguments autograd comes without functionalization.
+void select_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
+  const DispatchKeySet below =
+      ks & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
+  if (Recorder::current() == nullptr) {
+    op.redispatchBoxed(below, stack);
+  } else {
+    record_kernel(op, below, stack);
+  }
+}
+
+// Puts `select_kernel` there, where PyTorch lets operators with tensors through: for the life of
+// the process, since another thread may be on its way through it.
+void select(const c10::OperatorHandle& op) {
+  static std::mutex mutex;
+  static auto* selected = new std::unordered_map<std::string, c10::RegistrationHandleRAII>();
+  const std::string name = c10::toString(op.operator_name());
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (selected->count(name) == 0) {
+    selected->emplace(
+        name,
+        c10::Dispatcher::singleton().registerImpl(
+            op.operator_name(),
+            DispatchKey::BackendSelect,
+            c10::KernelFunction::makeFromBoxedFunction<&select_kernel>(),
+            std::nullopt,
+            nullptr,
+            "torch_lazy_ext"));
+  }
 }
 
 // Composite operators whose C++ code reads the data of these arguments: they get the
@@ -752,6 +805,8 @@ void merge_same_places(Stack* stack, size_t begin) {
 
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
+// With that: to go on to `select_kernel`.
+thread_local bool passes_functionalization = false;
 
 // Records an operator whose tensor arguments are twins. Returns whether it went through
 // the dispatcher, and not through other operators in its place.
@@ -797,7 +852,8 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     op.callBoxed(stack);
   } else if (alone) {
     merge_same_places(stack, begin);
-    c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
+    select(op);
+    passes_functionalization = true;
     op.callBoxed(stack);
     std::unordered_set<uintptr_t> counted; // what shares memory counts together
     for (const Written& w : written) {
@@ -969,7 +1025,7 @@ void check_detachable(Recorder& recorder, const at::Tensor& t) {
       twin == recorder.input_by_twin.end() ? t : recorder.inputs[twin->second].tensor;
   recorder.reads_views = true;
   if (given.defined() && given.is_view()) {
-    c10::impl::ExcludeDispatchKeyGuard no_capture(capture_keys);
+    c10::impl::ExcludeDispatchKeyGuard no_capture(capture_key);
     at::empty({0}).view({0}).detach_();
   }
 }
@@ -978,11 +1034,20 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   Recorder* recorder = Recorder::current();
   const size_t nargs = op.schema().arguments().size();
   const size_t begin = stack->size() - nargs;
-  constexpr DispatchKeySet after_lift(DispatchKeySet::FULL_AFTER, DispatchKey::DeferredInit);
-  // Below functionalization, tensors are C++ code's own.
-  if (std::exchange(lifted_arguments, false) || recorder == nullptr ||
+  const DispatchKeySet below = ks & DispatchKeySet(DispatchKeySet::FULL_AFTER, capture_key);
+  const bool lifted = std::exchange(lifted_arguments, false);
+  if (std::exchange(passes_functionalization, false)) {
+    c10::impl::ExcludeDispatchKeyGuard no_functionalization(DispatchKey::Functionalize);
+    op.redispatchBoxed(below - DispatchKeySet(DispatchKey::Functionalize), stack);
+    return;
+  }
+  if (recorder != nullptr &&
       c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::Functionalize)) {
-    op.redispatchBoxed(ks & after_lift, stack);
+    record_kernel(op, below, stack); // tensors are C++ code's own
+    return;
+  }
+  if (lifted || recorder == nullptr || !recorder->lifting) {
+    op.redispatchBoxed(below, stack);
     return;
   }
   const std::string& name = op.schema().name();
@@ -1085,12 +1150,24 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(_, Fake, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&record_kernel>());
-}
-
-TORCH_LIBRARY_IMPL(_, DeferredInit, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&lift_kernel>());
+void claim_capture_key() {
+  static bool claimed = false;
+  c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
+  if (claimed) {
+    return;
+  }
+  if (dispatcher.hasBackendFallbackForDispatchKey(capture_key)) {
+    throw pybind11::import_error(
+        c10::str(
+            "torch_lazy_ext records through PyTorch's dispatch key ",
+            capture_key,
+            ", and something that was imported before has a fallback of its own there (torchdistx "
+            "is "
+            "one that does): import torch_lazy_ext in a process without it"));
+  }
+  static auto* fallback = new c10::RegistrationHandleRAII(dispatcher.registerFallback(
+      capture_key, c10::KernelFunction::makeFromBoxedFunction<&lift_kernel>(), "torch_lazy_ext"));
+  claimed = fallback != nullptr;
 }
 
 } // namespace tle

@@ -148,8 +148,8 @@ class StateGuard {
   bool read_handles_again();
 
   std::vector<Dict> dicts_;
-  // Parallel to dicts_, and looked at on every call: the clock, and where it stood at the last check
-  // that held, or 0.
+  // Parallel to dicts_, and looked at on every call: the clock, and where it stood at the last
+  // check that held, or 0.
   std::vector<std::pair<DictClock, uint64_t>> clocks_;
   uint64_t all_clocks_ = 0; // where they all stood, or 0
   std::unordered_map<PyObject*, size_t> dict_index_;

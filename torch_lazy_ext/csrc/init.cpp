@@ -438,6 +438,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "same_bits",
       &same_bits,
       "Equal shapes, dtypes and values; 0.0 and -0.0 differ, a nan equals itself.");
+  m.def(
+      "claim_dispatch_key",
+      &claim_capture_key,
+      "Once for the process. Raises ImportError where somebody else has a fallback on the key.");
   m.def("set_unsupported_error", [](const py::object& type) { set_unsupported_type(type.ptr()); });
   py::register_exception_translator([](std::exception_ptr p) {
     try {

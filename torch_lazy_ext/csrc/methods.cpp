@@ -49,6 +49,16 @@ PyObject* without_arguments(PyObject* self, PyObject* unused) {
 }
 
 template <size_t I>
+PyObject* with_arguments(PyObject* self, PyObject* args) {
+  PyObject* answer = ask(hooks[I], self, args, nullptr);
+  if (answer != Py_NotImplemented) {
+    return answer;
+  }
+  Py_DECREF(answer);
+  return hooks[I].original(self, args);
+}
+
+template <size_t I>
 PyObject* with_keywords(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* answer = ask(hooks[I], self, args, kwargs);
   if (answer != Py_NotImplemented) {
@@ -59,25 +69,38 @@ PyObject* with_keywords(PyObject* self, PyObject* args, PyObject* kwargs) {
       self, args, kwargs);
 }
 
+// Null for a calling convention that is not known here.
 template <size_t... I>
-PyCFunction function_for(size_t index, bool keywords, std::index_sequence<I...>) {
+PyCFunction function_for(size_t index, int convention, std::index_sequence<I...>) {
   static const std::array<PyCFunction, max_hooks> plain = {&without_arguments<I>...};
+  static const std::array<PyCFunction, max_hooks> positional = {&with_arguments<I>...};
   static const std::array<PyCFunctionWithKeywords, max_hooks> full = {&with_keywords<I>...};
-  return keywords ? reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(full[index]))
-                  : plain[index];
+  switch (convention) {
+    case METH_NOARGS:
+      return plain[index];
+    case METH_VARARGS:
+      return positional[index];
+    case METH_VARARGS | METH_KEYWORDS:
+      return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(full[index]));
+    default:
+      return nullptr;
+  }
 }
 
 } // namespace
 
 void hook_method(PyObject* method, PyObject* handler) {
-  TORCH_CHECK(PyObject_TypeCheck(method, &PyMethodDescr_Type), "not a method descriptor");
+  TORCH_CHECK(
+      Py_IS_TYPE(method, &PyMethodDescr_Type) || Py_IS_TYPE(method, &PyClassMethodDescr_Type),
+      "not the descriptor of a method");
   TORCH_CHECK(used_hooks < max_hooks, "more hooks than expected");
   PyMethodDef* definition = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
-  const bool keywords = definition->ml_flags == (METH_VARARGS | METH_KEYWORDS);
-  TORCH_CHECK(keywords || definition->ml_flags == METH_NOARGS, "a calling convention not expected");
+  const PyCFunction function = function_for(
+      used_hooks, definition->ml_flags & ~METH_CLASS, std::make_index_sequence<max_hooks>());
+  TORCH_CHECK(function != nullptr, "a calling convention not expected");
   Py_INCREF(handler); // for the life of the process
   hooks[used_hooks] = {definition->ml_meth, handler};
-  definition->ml_meth = function_for(used_hooks, keywords, std::make_index_sequence<max_hooks>());
+  definition->ml_meth = function;
   ++used_hooks;
 }
 

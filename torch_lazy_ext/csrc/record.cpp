@@ -34,7 +34,7 @@ PyObject* unsupported_type = nullptr;
 
 // What has to be out of the way when an operator runs for itself (on meta or on
 // real tensors) in the middle of a program.
-const DispatchKeySet bystander_keys = capture_keys | c10::autograd_dispatch_keyset |
+const DispatchKeySet bystander_keys = DispatchKeySet(capture_key) | c10::autograd_dispatch_keyset |
     c10::autocast_dispatch_keyset | c10::functorch_transforms_ks |
     DispatchKeySet(
                                           {DispatchKey::Functionalize,
@@ -184,9 +184,8 @@ namespace {
 // Functionalize is on for the thread, as it is wherever PyTorch functionalizes without
 // LTC: otherwise `_to_copy` takes a copy to an eager device for the end of the program.
 void set_included(bool on) {
-  c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, on);
   c10::impl::tls_set_dispatch_key_included(DispatchKey::Functionalize, on);
-  c10::impl::tls_set_dispatch_key_included(DispatchKey::DeferredInit, on);
+  c10::impl::tls_set_dispatch_key_included(capture_key, on);
 }
 
 void set_layout(
@@ -251,17 +250,16 @@ void Recorder::exit() {
 Recorder::Resume::Resume(Recorder& recorder, bool lifting)
     : previous_(current_recorder),
       previous_reapply_(fi::getFunctionalizationReapplyViewsTLS()),
-      include_(
-          DispatchKeySet({DispatchKey::Fake, DispatchKey::Functionalize}) |
-          (lifting ? DispatchKeySet(DispatchKey::DeferredInit) : DispatchKeySet())),
-      exclude_(
-          dispatch_mode_keys |
-          (lifting ? DispatchKeySet() : DispatchKeySet(DispatchKey::DeferredInit))) {
+      recorder_(recorder),
+      previous_lifting_(std::exchange(recorder.lifting, lifting)),
+      include_(DispatchKeySet({capture_key, DispatchKey::Functionalize})),
+      exclude_(dispatch_mode_keys) {
   current_recorder = &recorder;
   fi::setFunctionalizationReapplyViewsTLS(true);
 }
 
 Recorder::Resume::~Resume() {
+  recorder_.lifting = previous_lifting_;
   current_recorder = previous_;
   fi::setFunctionalizationReapplyViewsTLS(previous_reapply_);
 }
@@ -397,7 +395,7 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
     if (tensor.is_inference()) {
       inference.emplace(true); // so that a write outside of the mode raises
     }
-    c10::impl::ExcludeDispatchKeyGuard guard(capture_keys);
+    c10::impl::ExcludeDispatchKeyGuard guard(capture_key);
     n->values.push_back(tensor.detach());
     nodes.push_back(n);
     twin = make_tensor({n->id, 0}, /*wrap_functional=*/true);
@@ -430,7 +428,7 @@ at::Tensor Recorder::add_tangent(const at::Tensor& output) {
   nodes.push_back(n);
   at::Tensor twin;
   {
-    c10::impl::ExcludeDispatchKeyGuard guard(capture_keys);
+    c10::impl::ExcludeDispatchKeyGuard guard(capture_key);
     {
       StandaloneGuard alone;
       const auto options = at::TensorOptions(meta.dtype).device(meta.device);

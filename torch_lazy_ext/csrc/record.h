@@ -18,11 +18,15 @@
 
 namespace tle {
 
-// Keys that serve a capture, on for the capturing thread only: DeferredInit, above
-// autograd, puts twins in the place of the user's tensors; Fake, below
-// functionalization, records. PyTorch keeps both for out-of-tree modes of this kind,
-// and its own tensor constructors switch them off where they write to memory.
-constexpr c10::DispatchKeySet capture_keys{c10::DispatchKey::Fake, c10::DispatchKey::DeferredInit};
+// The one key that serves a capture, on for the capturing thread only, with one fallback for all
+// operators. PyTorch keeps it for out-of-tree modes of this kind, has no kernel there, and switches
+// it off in its own tensor constructors, where they write to memory. It stands above autograd and
+// functionalization, and an operator comes by it twice: as the program calls it, and, with
+// Functionalize switched off, as functionalization calls it on what it has unwrapped.
+constexpr c10::DispatchKey capture_key = c10::DispatchKey::DeferredInit;
+
+// Puts the fallback there. Raises ImportError where somebody else has one.
+void claim_capture_key();
 
 struct Guard {
   enum class Kind : uint8_t { Value, Sizes } kind;
@@ -97,11 +101,14 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
    private:
     Recorder* previous_;
     bool previous_reapply_;
+    Recorder& recorder_;
+    bool previous_lifting_;
     c10::impl::IncludeDispatchKeyGuard include_;
     c10::impl::ExcludeDispatchKeyGuard exclude_;
   };
 
   at::Tensor lift(const at::Tensor& tensor, bool constant);
+  bool lifting = true; // whether the user's own tensors get twins
   int64_t dispatch_modes = 0; // TorchDispatchModes that were active when the capture began
   // Lets go of every tensor: twins hold the recorder, and it holds them.
   void release();
