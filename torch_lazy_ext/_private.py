@@ -12,7 +12,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -542,7 +542,7 @@ def difference(entry: Entry, find: Lookup = lookup) -> str | None:
     if not isinstance(function, KINDS[entry.kind]):
         return f"{entry.path} is a {type(function).__name__}, and no {entry.kind}"
     if entry.parameters:
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = list(inspect.signature(cast(Any, function)).parameters.values())
         expected = [p for p in entry.parameters.strip("()").split(", ") if p]
         more = parameters[len(expected) :]
         if [_text(p) for p in parameters[: len(expected)]] != expected or any(
