@@ -305,6 +305,13 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "torch._C",
+        "_are_functorch_transforms_active",
+        "function in C",
+        "called: custom functions get twins below them",
+        "test_operators",
+    ),
+    Entry(
+        "torch._C",
         "_len_torch_function_stack",
         "function in C",
         "called: guards modes",

@@ -316,7 +316,10 @@ class Capture:
             )
 
     def apply(self, func: Any, function: type, *args: Any, **kwargs: Any) -> Any:
-        # No operator: a custom autograd.Function would be given the user's own tensors.
+        # No operator: a custom autograd.Function would be given the user's own tensors. Transforms of
+        # functorch have operators above all twins, and come here once more, below them.
+        if torch._C._are_functorch_transforms_active():
+            return NotImplemented
         twins = [self.recorder.twin_of(a) if self.owns(a) else a for a in args]
         named = {key: self.recorder.twin_of(a) if self.owns(a) else a for key, a in kwargs.items()}
         if all(a is b for a, b in zip((*args, *kwargs.values()), (*twins, *named.values()))):
