@@ -4,7 +4,9 @@
 
 import concurrent.futures
 import itertools
+import os
 import random
+import threading
 import unittest
 import warnings
 from collections.abc import Callable
@@ -406,6 +408,78 @@ GENERATOR = {
     "made_inside": lambda x, g: torch.rand(3, generator=torch.Generator().manual_seed(4)),
     "default_generator": lambda x, g: torch.rand(3, generator=torch.default_generator),
 }  # fmt: skip
+
+
+class SeedOfThreadsTest(unittest.TestCase):
+    def test_threads_that_seed_extract_and_train(self) -> None:
+        """The default generator is everybody's: a seed of another thread stays, and is no error."""
+        errors: list[str] = []
+
+        def train(seed: int) -> None:
+            torch.manual_seed(seed)
+            model = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+            def step(x: torch.Tensor) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = F.dropout(model(x), 0.5).pow(2).sum()
+                loss.backward()
+                optimizer.step()
+                return loss.detach()
+
+            graph = extract_compiled_graph(step, (torch.ones(2, 3),))
+            for _ in range(3):
+                graph(torch.ones(2, 3))
+
+        def work(k: int) -> None:
+            try:
+                for i in range(6):
+                    train(100 * k + i)
+            except Exception as e:
+                errors.append(f"{type(e).__name__}: {e}")
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+
+    def test_seed_of_another_thread_stays(self) -> None:
+        """It comes in the middle of a capture."""
+
+        def seed(value: int) -> None:
+            thread = threading.Thread(target=torch.default_generator.manual_seed, args=(value,))
+            thread.start()
+            thread.join()
+
+        asked, answered = os.pipe(), os.pipe()
+        generator = torch.default_generator
+
+        def other() -> None:
+            while os.read(asked[0], 1) == b"s":
+                generator.manual_seed(77)
+                os.write(answered[1], b"d")
+
+        def program(x: torch.Tensor) -> torch.Tensor:
+            os.write(asked[1], b"s")
+            os.read(answered[0], 1)
+            return x + torch.rand(2)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        try:
+            graph = extract_compiled_graph(program, (torch.ones(2),))
+            self.assertEqual(torch.initial_seed(), 77)
+        finally:
+            os.write(asked[1], b"e")
+            thread.join()
+            for end in (*asked, *answered):
+                os.close(end)
+        seed(78)
+        want = torch.ones(2) + torch.rand(2)
+        seed(78)
+        self.assertTrue(torch.equal(graph(torch.ones(2)), want))
 
 
 class GeneratorTest(unittest.TestCase):

@@ -131,12 +131,11 @@ bool is_device_argument(const c10::Argument& argument) {
 }
 
 at::Tensor number_behind(const IValue& value) {
-  pybind11::object node;
   if (value.isSymFloat()) {
-    pybind11::gil_scoped_acquire gil;
+    pybind11::gil_scoped_acquire gil; // longer than every object here
     const c10::SymNode symbolic = value.toSymFloat().toSymNodeImpl();
     if (auto* python = dynamic_cast<torch::impl::PythonSymNodeImpl*>(symbolic.get())) {
-      node = pybind11::reinterpret_borrow<pybind11::object>(python->getPyObj());
+      auto node = pybind11::reinterpret_borrow<pybind11::object>(python->getPyObj());
       return pybind11::getattr(node, "number", pybind11::none()).cast<at::Tensor>();
     }
   } else if (
@@ -168,6 +167,9 @@ Recorder::~Recorder() {
   // unwinds by recursion.
   while (!nodes.empty()) {
     nodes.pop_back();
+  }
+  if (Py_IsInitialized() == 0) {
+    return; // the end of the process
   }
   pybind11::gil_scoped_acquire gil;
   for (auto& [code, unused] : code_is_library_) {
