@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _lift, _tree
+from torch_lazy_ext import _C, _lift, _made, _tree
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 from torch_lazy_ext._number import Number
@@ -145,6 +145,14 @@ class Built:
     children: list[Any]
 
 
+@dataclasses.dataclass(eq=False)
+class Assembled:
+    """An object that is no container and that the program makes on each call: see `_made`."""
+
+    recipe: _made.Recipe
+    children: list[Any]
+
+
 Source = (
     FromLifted
     | FromRoot
@@ -157,6 +165,7 @@ Source = (
     | Copied
     | FromArgument
     | Built
+    | Assembled
 )
 
 
@@ -936,6 +945,7 @@ class _Sources:
         self.recorder = recording.recorder
         self.state = state
         self.roots = roots
+        self._made = recording.made
         self.arguments = {id(c): i for i, c in enumerate(recording.containers)}
         self._generators = recording.generators
         self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
@@ -980,9 +990,16 @@ class _Sources:
                 if shared is not None:
                     stack.append(shared.tensor)
                 continue
-            taken = _tree.parts(value)
+            taken = self._taken(value) or _tree.parts(value)
             if taken is not None:
                 stack.extend(taken[1])
+
+    def _taken(self, value: Any) -> _made.Parts | None:
+        """The parts of an object that the program made, and that is no plain container."""
+        if value not in self._made:
+            return None
+        plain = _tree.parts(value) is not None and not _made.has_tensor_keys(value)
+        return None if plain else _made.parts(value)
 
     def of(self, value: Any) -> Source:
         if type(value) in _tree.SIMPLE_TYPES:
@@ -1004,6 +1021,12 @@ class _Sources:
             return self._generator(value)
         if self.state.knows(value):
             return Constant(value)
+        taken = self._taken(value)
+        if taken is not None:
+            assembled = Assembled(taken[0], [])
+            self._known[id(value)] = (value, assembled)
+            assembled.children.extend(self.of(child) for child in taken[1])
+            return assembled
         if _tree.parts(value) is not None:
             return self.build(value)
         if _tree.is_array(value):

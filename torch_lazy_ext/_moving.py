@@ -127,8 +127,8 @@ class StandIn:
         cls = type(getattr(self._value, "__self__", self._value))
         raise self._moving.refusal(
             f"the program {self._what} that was there before it, `{self._name}` of type "
-            f"{cls.__name__} (at {user_line()}), which a replay would not move: take from it before "
-            "the call, and pass what it gave"
+            f"{cls.__name__} (at {user_line()}), which a replay would not move: take from it "
+            "before the call, and pass what it gave"
         )
 
     def __iter__(self) -> StandIn:

@@ -22,6 +22,7 @@ from torch.optim import radam as _radam
 from torch_lazy_ext import (
     _C,
     _collectives,
+    _escapes,
     _generators,
     _lift,
     _moving,
@@ -586,8 +587,10 @@ class Arrays:
     def alive(self) -> list[SharedArray]:
         return [shared for array, shared in self._known.values() if array() is not None]
 
-    def tensors(self) -> list[torch.Tensor]:
-        return [shared.tensor for _array, shared in self._known.values()]
+    def alive_arrays(self) -> list[Any]:
+        """The arrays themselves, those that are alive."""
+        found = (array() for array, _shared in self._known.values())
+        return [array for array in found if array is not None]
 
     def of(self, array: Any) -> SharedArray | None:
         """The tensor that an array, or what it is a view of, came from."""
@@ -889,6 +892,7 @@ class Recording:
         required: tensors whose `requires_grad` the program changed, and what it is now.
         ran_backward: whether the program called `backward()`.
         modes: (how to set it, to what), for the modes that the program left changed.
+        made: the Python objects that were made since the program began.
     """
 
     def __init__(self, capture: Capture, state: _lift.State) -> None:
@@ -909,6 +913,7 @@ class Recording:
         self.required: list[tuple[torch.Tensor, bool]] = []
         self.ran_backward = False
         self.modes: list[tuple[Callable[[Any], object], Any]] = []
+        self.made = _escapes.Made(frozenset())
 
     def resume(self, backward: Callable[[], Any]) -> Any:
         """Record a backward after the program.
@@ -966,6 +971,38 @@ def record(
         CreatesState: the recording has to be repeated with the optimizers' state in its place.
         Exception: whatever the program itself raises.
     """
+    with _escapes.Since() as since:
+        recording = _record(fn, args, kwargs, state, shared, verify_layouts, creates)
+        recorder = recording.recorder
+        try:
+            with _escapes.Since.alone:
+                recording.made = since.made()
+                _escapes.settle(recording, since)
+        except UnsupportedError:
+            recorder.release()
+            raise
+    if recorder.fallbacks:
+        listing = ", ".join(
+            f"{name}={count} (at {where})" if where else f"{name}={count}"
+            for name, count, where in recorder.fallbacks
+        )
+        raise FallbackError(
+            f"Fail to extract the compiled graph because of fallback: {listing}. The fallback "
+            "config asks for it: see torch_lazy_ext.config.set_force_fallback"
+        )
+    return recording
+
+
+def _record(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    state: _lift.State,
+    shared: list[torch.Tensor],
+    verify_layouts: bool,
+    creates: bool,
+) -> Recording:
+    """`record`, but for what is still held when the program has ended."""
     _collectives.refuse_sharded(state.modules)
     recorder = _C.Recorder()
     recorder.verify_layouts = verify_layouts
@@ -1086,16 +1123,6 @@ def record(
     except UnsupportedError:
         recorder.release()
         raise
-    _release_kept(recording)
-    if recorder.fallbacks:
-        listing = ", ".join(
-            f"{name}={count} (at {where})" if where else f"{name}={count}"
-            for name, count, where in recorder.fallbacks
-        )
-        raise FallbackError(
-            f"Fail to extract the compiled graph because of fallback: {listing}. The fallback "
-            "config asks for it: see torch_lazy_ext.config.set_force_fallback"
-        )
     return recording
 
 
@@ -1150,52 +1177,6 @@ def _shared_writes(recorder: _C.Recorder) -> list[torch.Tensor]:
     return [lifted[i][0] for sharing in written for i in sharing]
 
 
-def _release_kept(recording: Recording) -> None:
-    """Give data to the tensors that the program keeps where a replay cannot follow.
-
-    A constant (`functools.lru_cache` over `torch.arange`) becomes what eager would have kept. A
-    tensor that depends on the inputs would be stale after the next replay: refused.
-    """
-    recorder = recording.recorder
-    expected: dict[int, torch.Tensor] = {}  # held, so that no id is given to another object
-    roots = [recording.result, recording.containers]
-    roots += [c.value for c in recording.changes] + [t for pair in recording.assigned for t in pair]
-    roots.append(recording.arrays.tensors())
-    roots += [grad for _tensor, _before, grad, _seen in recording.gradients]
-    _reach(roots, expected)
-    for user, twin, _constant, _base in recorder.lifted():
-        expected[id(user)] = user
-        expected[id(twin)] = twin
-    stale = []
-    alive = recorder.alive()
-    while alive:
-        references = _count_of_last(alive) - _OWN_REFERENCES
-        tensor = alive.pop()
-        if id(tensor) in expected or not _C.is_capture_tensor(tensor):
-            continue
-        about = recorder.describe(tensor)
-        if not references or not about.captured:
-            continue
-        if recorder.depends_on_input(about.value):
-            if _is_held(tensor, references):
-                stale.append(tensor)
-        else:
-            value = recorder.materialize(tensor, guard=False).clone()
-            torch._C._swap_tensor_impl(tensor, value)
-    if stale:
-        # What a custom autograd.Function keeps in its context is for the backward.
-        contexts: dict[int, torch.Tensor] = {}
-        _reach(_contexts(list(expected.values())), contexts)
-        stale = [t for t in stale if id(t) not in contexts]
-    if stale:
-        name, _metas, where = recorder.node_info(recorder.describe(stale[0]).value.node)
-        raise UnsupportedError(
-            f"the program keeps the result of {name} (at {where}) in a place outside of its "
-            "results, attributes and closures, which a replay cannot bring up to date: return it, "
-            "or keep it in an attribute of the module"
-        )
-
-
 def _keeps_nested(recorder: _C.Recorder) -> bool:
     nested = recorder.nested_tensors()
     while nested:
@@ -1218,40 +1199,3 @@ def _is_held(tensor: torch.Tensor, references: int) -> bool:
     # PyTorch itself may hold a tensor (a view holds its base), and with it the Python object.
     shared: bool = tensor._use_count() > 1  # type: ignore[attr-defined] # not in PyTorch's stub
     return references - shared > 0
-
-
-def _contexts(tensors: list[torch.Tensor]) -> list[Any]:
-    """What the custom functions in the history of these tensors keep in attributes."""
-    seen: set[Any] = set()
-    stack = [t.grad_fn for t in tensors if t.requires_grad]
-    held = []
-    while stack:
-        function = stack.pop()
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        stack.extend(following for following, _k in function.next_functions)
-        if isinstance(function, torch.autograd.function.FunctionCtx):
-            held.append(list(vars(function).values()))
-    return held
-
-
-def _reach(values: list[Any], tensors: dict[int, torch.Tensor]) -> None:
-    seen: set[int] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Number):
-            value = value.node.number
-        if isinstance(value, torch.Tensor):
-            tensors[id(value)] = value
-            if value._is_view():
-                # A view keeps its base alive, with its Python object.
-                base = value._base
-                assert base is not None
-                tensors[id(base)] = base
-            continue
-        taken = _tree.parts(value)
-        if taken is not None and id(value) not in seen:
-            seen.add(id(value))
-            stack.extend(taken[1])

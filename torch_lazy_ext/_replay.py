@@ -545,6 +545,8 @@ class _Results:
         self.values = values
         self._made: dict[int, Any] = {}
         self._constants: dict[int, torch.Tensor] = {}
+        self._unfilled: list[tuple[Any, _lower.Assembled]] = []
+        self._depth = 0
 
     def __call__(self, source: _lower.Source) -> Any:
         if isinstance(source, _lower.Constant):
@@ -552,6 +554,27 @@ class _Results:
         made = self._made.get(id(source), self)
         if made is not self:
             return made
+        self._depth += 1
+        try:
+            value = self._object(source)
+            while self._depth == 1 and self._unfilled:
+                # An object may be among its own children: when all around it is there.
+                unfilled, assembled = self._unfilled.pop()
+                assert assembled.recipe.fill is not None
+                assembled.recipe.fill(unfilled, [self(c) for c in assembled.children])
+            return value
+        finally:
+            self._depth -= 1
+
+    def _object(self, source: _lower.Source) -> Any:
+        if isinstance(source, _lower.Assembled):
+            if source.recipe.fill is not None:
+                value = self._made[id(source)] = source.recipe.make()
+                self._unfilled.append((value, source))
+                return value
+            value = source.recipe.make(*[self(c) for c in source.children])
+            self._made[id(source)] = value
+            return value
         if isinstance(source, _lower.Built):
             return self._build(source)
         value = self._made[id(source)] = self._tensor(source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
 import sys
 import types
 from collections.abc import Callable
@@ -112,6 +113,8 @@ def items_of(value: dict[Any, Any]) -> dict[Any, Any]:
 def _is_structure(cls: type, value: Any) -> bool:
     if issubclass(cls, (torch.Tensor, nn.Module, type, enum.Enum, BaseException)):
         return False
+    if issubclass(cls, (set, frozenset, functools.partial)):
+        return False  # more than their attributes
     if issubclass(cls, (tuple, list, dict, collections.deque)):
         return True
     module = cls.__module__ or ""
@@ -268,7 +271,9 @@ def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
         containers[position] = copy
         return copy
 
-    return walk(value), containers
+    result = walk(value)
+    made.clear()  # `walk` holds itself, and with it this, until it is collected
+    return result, containers
 
 
 def is_array(value: Any) -> bool:

@@ -158,6 +158,17 @@ def captured(program):
     return lambda x: extract_compiled_graph(program, (x,))
 
 
+def generator(x):
+    yield x + 1
+    yield x + 2
+
+
+def begun(x):
+    made = generator(x)
+    next(made)
+    return made
+
+
 batches = itertools.cycle([1.0, 2.0])
 
 # One for each thing that the table says one may do.
@@ -174,6 +185,7 @@ LIMITS = {
     "iterator": captured(lambda x: x * next(batches)),
     "lru_cache": captured(lambda x: x + masked(x)),
     "attribute of a Python module": captured(module_attribute),
+    "generator that has begun": captured(begun),
     "two backwards": second_backward,
     "second derivative, attribute": lambda x: second_derivative(Counting(3, 3), x),
     "second derivative, buffer": lambda x: second_derivative(Normed(3), x),

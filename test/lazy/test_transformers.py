@@ -55,7 +55,7 @@ VARIES: dict[str, tuple[str, int]] = {
 """Models that are several graphs: what decides which, and how many they may become."""
 
 REFUSED: dict[str, str] = {
-    "DETR": "keeps the result of .* in a place outside of its results",
+    "DETR": "the program keeps .* which a replay cannot bring up to date",
     "VITS": "draws numbers from numpy.random",
 }
 """Models that cannot be captured, and what the error says. DETR keeps the positions it computes

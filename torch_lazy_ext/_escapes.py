@@ -1,0 +1,407 @@
+"""Record: no tensor of a capture gets out.
+
+After a program has run, the recorder knows which of its tensors are still alive. What the results
+and the noted changes of state hold is made anew by each replay; a tensor that anything else holds
+would be a dead one, or stale after the next replay. References are counted: those that results and
+changes have, against all that there are. Only where that does not come out even is it worth to
+collect cycles of garbage, and then to look for the holder, whose name is in the refusal.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import types
+from typing import Any, Protocol
+
+import torch
+
+from torch_lazy_ext import _C, _made, _tree
+from torch_lazy_ext._errors import UnsupportedError
+from torch_lazy_ext._moving import Moving
+
+
+class Since:
+    """Tells what Python objects were made since a moment, until it is closed.
+
+    What was there before is set aside for Python's collector of cycles (`gc.freeze`): so what it
+    keeps track of is what was made since, and to collect it takes no time.
+    """
+
+    _lock = threading.Lock()
+    _open = 0
+    _frozen = False
+    _young: frozenset[int] = frozenset()  # ids of what was made since, and then set aside
+    # A list of all objects holds references, which another thread must not count.
+    alone = threading.RLock()
+
+    def __init__(self) -> None:
+        self._before: list[Any] = []  # held, so that no id is given to another object
+
+    def __enter__(self) -> Since:
+        with Since._lock:
+            if Since._open == 0 and gc.get_freeze_count() == 0:
+                gc.freeze()
+                Since._frozen = True
+            elif not Since._frozen:
+                # What the user has set aside must stay there; the rest is less.
+                self._before = gc.get_objects()
+            Since._open += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._before = []
+        with Since._lock:
+            Since._open -= 1
+            if Since._open == 0 and Since._frozen:
+                Since._frozen, Since._young = False, frozenset()
+                gc.unfreeze()
+
+    def made(self) -> Made:
+        young = frozenset(map(id, gc.get_objects())) | Since._young
+        return Made(young.difference(map(id, self._before)))
+
+    def referrers(self, values: list[Any]) -> list[Any]:
+        """What holds any of these, of everything that there is."""
+        with Since._lock:
+            if Since._frozen:
+                # For the captures of other threads, which have not asked yet.
+                Since._young |= frozenset(map(id, gc.get_objects()))
+                gc.unfreeze()
+                found = gc.get_referrers(*values)
+                gc.freeze()
+                return found
+        return [found for found in gc.get_referrers(*values) if found is not self._before]
+
+
+class Made:
+    """The objects that were made since."""
+
+    def __init__(self, ids: frozenset[int]) -> None:
+        self._ids = ids
+
+    def __contains__(self, value: object) -> bool:
+        # What the collector does not track, it may be: no iterator over a range is known.
+        return id(value) in self._ids or not gc.is_tracked(value)
+
+
+class _Walk:
+    """What a program's results and changes hold, and how many references they have to each thing.
+
+    Attributes:
+        opened: the objects that were looked into: those that a replay makes anew.
+    """
+
+    def __init__(self, made: Made) -> None:
+        self.opened: list[Any] = []
+        self._made = made
+        self._counts: dict[int, int] = {}
+        self._seen: dict[int, Any] = {}
+        self._attributes: set[int] = set()
+        self._looked_into: set[int] = set()
+
+    def add(self, roots: list[Any]) -> None:
+        """Look into `roots`, which are held by nothing that is compared."""
+        stack = list(roots)
+        own = {id(root) for root in roots}
+        while stack:
+            value = stack.pop()
+            if id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            if not self._is_open(value):
+                if _tree.is_array(value) and value.base is not None:
+                    # A view of another one, of which the collector knows nothing.
+                    self._counts[id(value.base)] = self._counts.get(id(value.base), 0) + 1
+                    stack.append(value.base)
+                continue
+            self._looked_into.add(id(value))
+            if id(value) not in own and not _is_own(value) and gc.is_tracked(value):
+                self.opened.append(value)
+            if type(value).__dictoffset__:
+                # Python may make it only now that it is asked for it.
+                self._attributes.add(id(value.__dict__))
+            for held in gc.get_referents(value):
+                self._counts[id(held)] = self._counts.get(id(held), 0) + 1
+                stack.append(held)
+
+    def _is_open(self, value: Any) -> bool:
+        if id(value) in self._attributes:
+            return True
+        # What the collector does not track holds nothing that it tracks; but for the tuples with
+        # names that C code makes (torch.return_types).
+        cls = type(value)
+        named = cls is not tuple and issubclass(cls, tuple)
+        if not (gc.is_tracked(value) or named) or _is_tensor(value) or value not in self._made:
+            return False
+        if type(value) in (list, tuple, dict):
+            return True
+        if _is_own(value):
+            return not isinstance(value, Moving)  # which holds what was there before
+        return _tree.parts(value) is not None or _made.parts(value) is not None
+
+    def looked_into(self, value: Any) -> bool:
+        return id(value) in self._looked_into
+
+    def knows(self, value: Any) -> bool:
+        return id(value) in self._counts
+
+    def is_ours(self, value: Any) -> bool:
+        return self.looked_into(value) or value is self._seen or value is self.opened
+
+    def uneven(self, tensors: list[Any]) -> list[Any]:
+        """Of `tensors` and of what was opened, those that something else holds, too.
+
+        Nothing else may hold them at the moment of this call, but the list `tensors` itself.
+        """
+        values = [*tensors, *self.opened]
+        found = []
+        for i, count in enumerate(_references(values)):
+            key = id(values[i])
+            count -= _REFERENCES + 1 + self._counts.get(key, 0) + (key in self._seen)
+            if count > 0:
+                # PyTorch itself may hold a tensor (a view holds its base), and so the object.
+                shared = _is_tensor(values[i]) and values[i]._use_count() > 1
+                if count > shared:
+                    found.append(values[i])
+        return found
+
+
+def _is_tensor(value: Any) -> bool:
+    return issubclass(type(value), torch.Tensor)  # a `__class__` may be anything, and may warn
+
+
+def _is_own(value: Any) -> bool:
+    return type(value).__module__.startswith("torch_lazy_ext.")
+
+
+def _references(values: list[Any]) -> list[int]:
+    return [sys.getrefcount(value) for value in values]
+
+
+_REFERENCES = _references([object()])[0]  # of an object that nothing but the list holds
+
+
+class Recording(Protocol):
+    """What is left of a finished capture; see `_record.Recording`."""
+
+    recorder: _C.Recorder
+    made: Made
+
+    @property
+    def arrays(self) -> Any: ...
+
+
+def settle(recording: Recording, since: Since) -> None:
+    """See to it that no tensor of the capture is held where a replay cannot follow.
+
+    A constant (`functools.lru_cache` over `torch.arange`) becomes what eager would have kept.
+
+    Raises:
+        UnsupportedError: something holds a tensor that would be stale after the next replay. There
+            it leaves the value that the tensor would have had.
+    """
+    recorder = recording.recorder
+    walk = _Walk(recording.made)
+    walk.add([recording])
+    users = {id(twin): user for user, twin, _constant, _base in recorder.lifted()}
+    tensors = [t for t in recorder.alive() if id(t) not in users]
+    tensors += [twin for _user, twin, _constant, _base in recorder.lifted()]
+    tensors = [t for t in tensors if _C.is_capture_tensor(t)] + recording.arrays.alive_arrays()
+    uneven = walk.uneven(tensors)
+    kept = [t for t in uneven if _is_constant(recorder, t) and not walk.knows(t)]
+    for tensor in kept:
+        value = recorder.materialize(tensor, guard=False).clone()
+        torch._C._swap_tensor_impl(tensor, value)
+    if len(kept) == len(uneven):
+        return
+    del uneven
+    gc.collect()
+    # What a custom autograd.Function keeps in its context is for the backward.
+    walk.add(_contexts(tensors))
+    tensors = [t for t in tensors if not _is_tensor(t) or _C.is_capture_tensor(t)]
+    uneven = [v for v in walk.uneven(tensors) if _leads_to(v, walk, tensors)]
+    if not uneven:
+        return
+    found = _Holders(walk, since, [uneven, tensors, users]).of(uneven)
+    if found is None:
+        # The collector knows no holder; those of what the walk has come by may be C++ code.
+        unknown = [v for v in uneven if not walk.knows(v)]
+        if not unknown:
+            return
+        found = unknown[0], UNKNOWN
+    value, holder = found
+    what = _describe(recorder, value, users)
+    _leave_values(recorder, [t for t in uneven if _is_tensor(t)], users)
+    raise UnsupportedError(
+        f"the program keeps {what} in {holder}, which a replay cannot bring up to date: return it, "
+        "or keep it in an attribute of the module"
+    )
+
+
+def _leads_to(value: Any, walk: _Walk, tensors: list[Any]) -> bool:
+    """Whether one of the tensors is there, or in what the walk came by from there on."""
+    wanted = {id(t) for t in tensors}
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if id(value) in wanted:
+            return True
+        if id(value) not in seen:
+            seen.add(id(value))
+            stack += [held for held in gc.get_referents(value) if walk.looked_into(held)]
+            stack += [held for held in gc.get_referents(value) if id(held) in wanted]
+    return False
+
+
+UNKNOWN = "a place outside of its results, attributes and closures"
+
+
+def _is_constant(recorder: _C.Recorder, tensor: Any) -> bool:
+    if not _is_tensor(tensor):
+        return False
+    about = recorder.describe(tensor)
+    return about.captured and about.lifted < 0 and not recorder.depends_on_input(about.value)
+
+
+def _describe(recorder: _C.Recorder, value: Any, users: dict[int, torch.Tensor]) -> str:
+    if not _is_tensor(value):
+        return f"a {type(value).__name__} that it makes"
+    if id(value) in users:
+        return "a tensor that it is given"
+    name, _metas, where = recorder.node_info(recorder.describe(value).value.node)
+    return f"the result of {name} (at {where})"
+
+
+def _leave_values(
+    recorder: _C.Recorder, tensors: list[torch.Tensor], users: dict[int, torch.Tensor]
+) -> None:
+    """Make what eager would have of tensors that somebody keeps; the recording ends with it."""
+    values = []
+    for tensor in tensors:
+        user = users.get(id(tensor))
+        if user is not None:
+            values.append((tensor, torch.ops.aten.alias(user.detach())))
+        else:
+            values.append((tensor, recorder.materialize(tensor, guard=False).clone()))
+    recorder.release()
+    for tensor, value in values:
+        if tensor._use_count() == 1:  # type: ignore[attr-defined] # not in its stub
+            torch._C._swap_tensor_impl(tensor, value)
+
+
+def _contexts(tensors: list[Any]) -> list[Any]:
+    """What the custom functions in the history of these tensors keep in attributes."""
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in tensors if _is_tensor(t) and t.requires_grad]
+    held = []
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        stack.extend(following for following, _k in function.next_functions)
+        if isinstance(function, torch.autograd.function.FunctionCtx):
+            held.append(vars(function))
+    return held
+
+
+class _Holders:
+    """Finds what holds objects, and what to call it."""
+
+    def __init__(self, walk: _Walk, since: Since, own: list[Any]) -> None:
+        self._walk = walk
+        self._since = since
+        self._own = {id(value) for value in own}
+
+    def of(self, values: list[Any]) -> tuple[Any, str] | None:
+        """The first of `values` that something holds which the walk did not come by."""
+        self._own.add(id(values))
+        for holder in self._referrers(values):
+            for value in values:
+                if _holds(holder, value):
+                    return value, self._name(holder, value, _DEPTH)
+        return None
+
+    def _referrers(self, values: list[Any]) -> list[Any]:
+        found = [
+            holder
+            for holder in self._since.referrers(values)
+            if not issubclass(type(holder), (types.FrameType, torch.Tensor))
+            and type(holder) is not _LIST_ITERATOR  # those of this search
+            and id(holder) not in self._own
+            and not self._walk.is_ours(holder)
+            and not _is_own(holder)
+        ]
+        self._own.add(id(found))
+        return found
+
+    def _name(self, holder: Any, value: Any, depth: int) -> str:
+        """What to call a `holder`, which holds `value`."""
+        if isinstance(holder, type):
+            return f"class {holder.__name__}"
+        if isinstance(holder, types.ModuleType):
+            return f"module {holder.__name__}"
+        if isinstance(holder, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
+            return f"the frame of {holder.__qualname__}, which has begun and not ended"
+        if isinstance(holder, types.FunctionType):
+            searched: list[Any] = [holder]
+            self._own.add(id(searched))
+            for parent in self._referrers(searched) if depth else []:
+                if isinstance(parent, types.GeneratorType):
+                    return self._name(parent, holder, 0)
+            return f"function {holder.__qualname__}"
+        kind = type(holder).__name__
+        if kind == _CACHE:
+            return f"the cache of {holder.__qualname__}"
+        what = "a closure" if isinstance(holder, types.CellType) else f"a {kind}"
+        containers = (dict, list, tuple, set, frozenset, types.CellType)
+        if not isinstance(holder, containers) or not depth:
+            return what
+        searched = [holder]
+        self._own.add(id(searched))
+        parents = self._referrers(searched)
+        parents.sort(key=lambda parent: not _is_named(parent))
+        if isinstance(holder, dict):
+            key = _key_of(holder, value)
+            for parent in parents:
+                if isinstance(parent, type) or _attributes_of(parent) is holder:
+                    return f"attribute {key}{self._name(parent, holder, 0)}"
+            what = f"{key}{what}" if key else what
+        if not parents:
+            return what
+        if type(parents[0]).__name__ == _CACHE:
+            return self._name(parents[0], holder, 0)
+        return f"{what} in {self._name(parents[0], holder, depth - 1)}"
+
+
+_DEPTH = 6
+_CACHE = "_lru_cache_wrapper"
+_LIST_ITERATOR: type = type(iter([0]))
+
+
+def _is_named(holder: Any) -> bool:
+    return isinstance(holder, (type, types.ModuleType, types.FunctionType))
+
+
+# No closures and no generators here: their cells would be found among the holders.
+
+
+def _holds(holder: Any, value: Any) -> bool:
+    for held in gc.get_referents(holder):  # noqa: SIM110
+        if held is value:
+            return True
+    return False
+
+
+def _attributes_of(value: Any) -> Any:
+    return value.__dict__ if type(value).__dictoffset__ else None
+
+
+def _key_of(holder: dict[Any, Any], value: Any) -> str:
+    for key, held in holder.items():
+        if held is value:
+            return f"`{key}` of "
+    return ""
