@@ -11,6 +11,7 @@ __all__: list[str] = [
     "Call",
     "Caller",
     "Checked",
+    "Cut",
     "Described",
     "FrozenProgram",
     "NativeProgram",
@@ -30,7 +31,11 @@ __all__: list[str] = [
     "call_with_numbers",
     "capturing",
     "claim_dispatch_key",
+    "cut",
+    "drop_hooks",
+    "has_tangent",
     "hook_method",
+    "hooks_of",
     "is_capture_tensor",
     "lower",
     "same_bits",
@@ -182,7 +187,7 @@ class Surroundings:
     def now() -> Surroundings: ...
 
 class Placement:
-    def __init__(self, offset: bool, view: bool) -> None: ...
+    def __init__(self, offset: bool, view: bool, leaf: bool) -> None: ...
 
 class Call:
     pass
@@ -199,6 +204,7 @@ class Variant:
     def _add_group(
         self, arg0: int, arg1: collections.abc.Sequence[tuple[int, int]], arg2: int
     ) -> None: ...
+    def _add_hooks(self, arg0: int, arg1: list[typing.Any]) -> None: ...
     def _add_order(self, arg0: typing.Any, arg1: list[typing.Any]) -> None: ...
     def _add_same_object(self, arg0: typing.Any, arg1: int) -> None: ...
     def _add_size(self, arg0: typing.Any, arg1: int) -> None: ...
@@ -317,6 +323,9 @@ class FrozenProgram(Runnable):
 class PythonProgram(Runnable):
     def __init__(self, arg0: typing.Any) -> None: ...
 
+class Cut:
+    def restore(self) -> None: ...
+
 def call_with_numbers(
     arg0: str,
     arg1: tuple[typing.Any, ...],
@@ -333,9 +342,33 @@ def claim_dispatch_key() -> None:
     Once for the process. Raises ImportError where somebody else has a fallback on the key.
     """
 
+def cut(
+    arg0: collections.abc.Sequence[torch.Tensor],
+    arg1: collections.abc.Sequence[torch.Tensor],
+    arg2: collections.abc.Sequence[torch.Tensor],
+) -> Cut:
+    """
+    Let histories end at `places`, in the leaves `stops`, until `restore()` is called.
+    """
+
+def drop_hooks(arg0: torch.Tensor) -> None:
+    """
+    Take the hooks from a tensor that stands for one of the user's.
+    """
+
+def has_tangent(arg0: torch.Tensor) -> bool:
+    """
+    Whether a tensor has a tangent of forward-mode AD.
+    """
+
 def hook_method(arg0: typing.Any, arg1: typing.Any) -> None:
     """
     Let calls of a method in a capturing thread ask `handler` first.
+    """
+
+def hooks_of(arg0: torch.Tensor) -> list[list[typing.Any]]:
+    """
+    The functions that a backward calls when it comes by a tensor, of four kinds.
     """
 
 def is_capture_tensor(arg0: torch.Tensor) -> bool: ...

@@ -8,7 +8,7 @@ after it as often as was differentiated, and this graph is differentiable as the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -172,9 +172,8 @@ class _Derivative:
         inputs = recorder.lifted()
         self.reads = [i for i in lowered.parameters if not inputs[i][2]]
         self.program = _C.Program(lowered.graph)
-        self.backward: Backward | None = None
-        if lowered.backward is not None:
-            self.backward = Backward(lowered.backward, _compile.Compiler("torchscript", False))
+        compiler = _compile.Compiler("torchscript", False)
+        self.backwards = [Backward(b, compiler) for b in lowered.backwards]
         self._recorder: _C.Recorder | None = recorder  # until the first run
 
     def run(self, inputs: dict[int, torch.Tensor]) -> list[torch.Tensor] | None:
@@ -189,7 +188,8 @@ class _Derivative:
             if not checked.complete:
                 return None
             values = checked.values
-            if self.backward is not None and not self.backward.check(recorder, values):
+            known = [b.check(recorder, values) for b in self.backwards]
+            if not all(known):
                 return None
             self._recorder = None
         for guard in self.lowered.guards:
@@ -209,13 +209,15 @@ def attach(
     origin: Origin,
     tensors: list[torch.Tensor],
     values: list[torch.Tensor],
-) -> list[torch.Tensor]:
+    made: Sequence[Callable[[], torch.Tensor]],
+) -> None:
     """Give the results of a replay their place in the autograd graph of the caller.
 
     Args:
         backwards: each of results of its own.
         written: the memory that the call is going to write to.
-        values: the roots of the forward; returned with those that require grad replaced.
+        values: the roots of the forward; those that require grad are replaced.
+        made: gives each of the further leaves, when all that it depends on is in its place.
     """
     # What is saved is the value before the call wrote to it.
     kept = {r: values[r] for backward in backwards for r in backward.lowered.saved}
@@ -223,24 +225,32 @@ def attach(
         for r, t in kept.items():
             if t.untyped_storage().data_ptr() in written:
                 kept[r] = t.clone()
-    inputs = {} if origin.refused else dict(enumerate(tensors))
+    every = dict(enumerate(tensors))
     for backward in backwards:
+        for i in backward.lowered.wrt:
+            if i < 0 and i not in every:
+                every[i] = made[~i]()
         saved = [kept[r] for r in backward.lowered.saved]
-        call = _Call(backward, saved, origin, (), dict(enumerate(tensors)))
-        values = _apply(call, values)
-        call.inputs = inputs
-    return values
+        call = _Call(backward, saved, origin, (), every)
+        _apply(call, values)
+        if origin.refused:
+            call.inputs = {}
 
 
-def _apply(call: _Call, values: list[torch.Tensor]) -> list[torch.Tensor]:
+def _apply(call: _Call, values: list[torch.Tensor]) -> None:
     lowered = call.backward.lowered
     call.outputs = [values[r] for r in lowered.outputs]
-    inputs = (call.inputs[i] for i in lowered.wrt)
+    inputs = [call.inputs[i] for i in lowered.wrt]
+    if not any(t.requires_grad for t in inputs):
+        inputs.append(anchor())  # no leaf requires grad any more, and the results do
     outputs = _Differentiable.apply(call, *inputs)  # type: ignore[no-untyped-call] # PyTorch's own
-    values = list(values)
     for root, output in zip(lowered.outputs, outputs):
         values[root] = output
-    return values
+
+
+def anchor() -> torch.Tensor:
+    """Stands for a leaf that nobody has."""
+    return torch.empty(0, requires_grad=True)
 
 
 class _Call:
@@ -248,6 +258,7 @@ class _Call:
 
     Attributes:
         saved, outputs: taken by the autograd.Function.
+        nested: the leaves that a backward inside of the backward accumulates into.
         path: how the program was differentiated to come to this graph.
         inputs: what the graph was given, by the index of the lifted tensor or tangent.
     """
@@ -263,6 +274,7 @@ class _Call:
         self.backward = backward
         self.saved = saved
         self.outputs: list[torch.Tensor] = []
+        self.nested = [inputs[i] for i, _k in backward.lowered.nested]
         self.origin = origin
         self.path = path
         self.inputs = inputs
@@ -304,9 +316,12 @@ class _Call:
         finally:
             for generator, state in now:
                 generator.set_state(state)
-        if derivative.backward is not None and torch.is_grad_enabled():
-            saved = [values[r] for r in derivative.backward.lowered.saved]
-            values = _apply(_Call(derivative.backward, saved, origin, path, inputs), values)
+        for backward in derivative.backwards if torch.is_grad_enabled() else ():
+            saved = [values[r] for r in backward.lowered.saved]
+            call = _Call(backward, saved, origin, path, inputs)
+            # As eager's, a gradient has a history where something in it requires grad.
+            if any(inputs[i].requires_grad for i in backward.lowered.wrt):
+                _apply(call, values)
         gradients = derivative.lowered.gradients
         return [values[gradients[i]] if i in gradients else None for i in self.backward.lowered.wrt]
 
@@ -320,14 +335,30 @@ class _Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.saved)
         ctx.like = [(t.shape, t.dtype) for t in call.outputs]
-        outputs = tuple(t.detach() for t in call.outputs)
+        aliases = call.backward.lowered.aliases
+        # A view of an input is a view to the caller, too.
+        outputs = tuple(
+            aliases[k][1].apply(inputs[aliases[k][0]]) if k in aliases else t.detach()
+            for k, t in enumerate(call.outputs)
+        )
         call.saved, call.outputs = [], []
+        if call.path:
+            # The results of a program require grad as they did; its gradients may or may not.
+            found = zip(call.backward.lowered.reached, inputs)
+            live = frozenset[int]().union(*(reached for reached, t in found if t.requires_grad))
+            ctx.mark_non_differentiable(*(t for k, t in enumerate(outputs) if k not in live))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
         call: _Call = ctx.call
         lowered = call.backward.lowered
+        if lowered.whole and not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "torch.utils.checkpoint with use_reentrant=True is incompatible with .grad() or "
+                "passing an `inputs` parameter to .backward(): set use_reentrant=False, or call "
+                ".backward() without `inputs`"
+            )
         given = frozenset(k for k, t in enumerate(tangents) if t is not None)
         # Eager's error, when this has run before and what it needs is gone.
         saved = ctx.saved_tensors if lowered.once else ()
@@ -343,15 +374,20 @@ class _Differentiable(torch.autograd.Function):
             values = call.backward.run(saved, dense)
             mixed = [
                 v
-                for v, reached in zip(values, lowered.reached)
+                for v, reached in zip(values[: lowered.count], lowered.reached)
                 if reached & given and not reached <= given
             ]
             if _any_nan(mixed):
                 # A zero is not nothing: 0 * inf is NaN.
                 values = call.differentiably({k: dense[k] for k in sorted(given)})
+        for tensor, (_i, k) in zip(call.nested, lowered.nested):
+            torch.autograd.backward([tensor], [values[k]])
         # No tangent on the way: no gradient, which is not the same as zero.
-        results = [v if reached & given else None for v, reached in zip(values, lowered.reached)]
-        return (None, *results, *[None] * (len(lowered.wrt) - len(results)))
+        results = [
+            v if reached & given else None
+            for v, reached in zip(values[: lowered.count], lowered.reached)
+        ]
+        return (None, *results, *[None] * (len(ctx.needs_input_grad) - 1 - len(results)))
 
 
 def _any_nan(tensors: list[torch.Tensor]) -> bool:
@@ -360,23 +396,24 @@ def _any_nan(tensors: list[torch.Tensor]) -> bool:
     return bool(torch.nn.utils.get_total_norm(tensors).isnan())
 
 
-def spend(spent: list[tuple[int, str]], values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Let the roots of `spent` raise an error in their backward: it has run inside the program."""
+def spend(spent: list[tuple[int, Exception]], values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Let the roots of `spent` raise the error in their backward that eager's raises."""
     if not spent:
         return values
     values = list(values)
     for root, error in spent:
-        anchor = torch.empty(0, requires_grad=True)
-        values[root] = _Spent.apply(values[root], anchor, error)  # type: ignore[no-untyped-call] # PyTorch's own
+        values[root] = _Spent.apply(values[root], anchor(), error)  # type: ignore[no-untyped-call] # PyTorch's own
     return values
 
 
 class _Spent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, anchor: torch.Tensor, error: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, value: torch.Tensor, anchor: torch.Tensor, error: Exception
+    ) -> torch.Tensor:
         ctx.error = error
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
-        raise RuntimeError(ctx.error)
+        raise ctx.error.with_traceback(None)

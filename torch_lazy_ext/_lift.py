@@ -170,7 +170,7 @@ class State:
         self.names = {"forward", "__call__", "__torch_function__"}
         self._single: list[tuple[Slot, Any]] = []  # cells, globals, attributes in slots
         for root in roots:
-            self._walk(root, "")
+            self.walk(root)
 
     def knows(self, value: Any) -> bool:
         """Whether this very object was there before the program ran."""
@@ -220,8 +220,9 @@ class State:
 
     # --------------------------------------------------------------------- walk
 
-    def _walk(self, root: Any, name: str) -> None:
-        stack: list[tuple[Any, str]] = [(root, name)]
+    def walk(self, root: Any) -> None:
+        """Add what `root` can reach."""
+        stack: list[tuple[Any, str]] = [(root, "")]
         while stack:
             value, name = stack.pop()
             if id(value) in self._seen:

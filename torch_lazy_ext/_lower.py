@@ -7,6 +7,7 @@ assigned, the new value of every lifted tensor that it mutated, and the guards.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from torch_lazy_ext import _C, _lift, _made, _tree
-from torch_lazy_ext._errors import UnsupportedError
+from torch_lazy_ext._autograd import grad_of, set_grad
+from torch_lazy_ext._errors import FallbackError, UnsupportedError
 from torch_lazy_ext._moving import Moving
 from torch_lazy_ext._number import Number
 from torch_lazy_ext._record import Recording, SharedStorage, check_plain
@@ -42,6 +44,7 @@ class FromRoot:
         inference: whether it is an inference tensor, where the mode of the call does not say so.
         counted_with: index of the lifted tensor whose version counter it has: it was a view of
             that one before it was given other memory (`Tensor.set_`, `x.data = ...`).
+        retains_grad: the program called `retain_grad()`.
     """
 
     root: int
@@ -50,6 +53,7 @@ class FromRoot:
     parameter: bool = False
     inference: bool | None = None
     counted_with: int | None = None
+    retains_grad: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,10 +65,17 @@ class FromNumber:
 
 @dataclasses.dataclass(eq=False)
 class FromView:
-    """A view of a lifted tensor or of an output; with no `views`, another object like it."""
+    """A view of a lifted tensor or of an output; with no `views`, another object like it.
+
+    Attributes:
+        grad_mode: in which the program made it; None where that makes no difference.
+        requires_grad: a leaf that the program made so.
+    """
 
     base: FromLifted | FromRoot
     views: _C.ViewSequence
+    grad_mode: bool | None = None
+    requires_grad: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,12 +119,14 @@ class FromConstant:
     """Memory that the program made from Python data: a new copy on each call.
 
     Attributes:
-        counted_with: as in FromRoot.
+        counted_with, requires_grad, parameter: as in FromRoot.
     """
 
     index: int
     views: _C.ViewSequence
     counted_with: int | None = None
+    requires_grad: bool = False
+    parameter: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -212,9 +225,14 @@ class Backward:
         positions: where these are among all that get a tangent.
         once: it frees what it needs, unless told to retain that: eager's does.
         saved: roots of the forward that the backward reads.
-        wrt: for each gradient, the index of the lifted tensor it belongs to; then those that
-            autograd leads to and has no gradient for.
-        reached: for each gradient, the positions in `outputs` that autograd leads to it from.
+        wrt: for each gradient, the index of the lifted tensor it belongs to, or ~k for what
+            `Lowered.made` has at k; then those that autograd leads to and has no gradient for.
+        count: how many gradients there are.
+        nested: (index of a lifted tensor, which value): what a backward inside of the backward (a
+            reentrant checkpoint) accumulates, in order. No gradient of `wrt` belongs to these.
+        whole: it must not be asked for some gradients alone.
+        aliases: position of an output -> of which of `wrt` it is a view, and how.
+        reached: for each of `wrt`, the positions in `outputs` that autograd leads to it from.
         strides: for each output, the strides of the tangent it was recorded with.
         guards: shapes that depend on the tangents; their roots follow the gradients.
         begin: the first node of the backward.
@@ -228,6 +246,10 @@ class Backward:
     once: bool
     saved: list[int]
     wrt: list[int]
+    count: int
+    nested: list[tuple[int, int]]
+    whole: bool
+    aliases: dict[int, tuple[int, _C.ViewSequence]]
     reached: list[frozenset[int]]
     strides: list[tuple[int, ...]]
     guards: list[ValueGuard]
@@ -256,7 +278,7 @@ class Derivative:
     tangents: list[int]
     gradients: dict[int, int]
     guards: list[ValueGuard]
-    backward: Backward | None
+    backwards: list[Backward]
 
 
 @dataclasses.dataclass
@@ -301,7 +323,13 @@ class Lowered:
         overwritten: indices of leaves whose gradient the program sets without having looked at it,
             and before anything can fail.
         required: (lifted index, whether): assignments to `tensor.requires_grad`.
-        spent: (root, error): results whose backward has run; another one raises the error.
+        spent: (root, error): results whose backward raises an error, such as one that it has run.
+        made: where a replay takes further leaves of the backwards from: leaves that the program
+            makes (None: nobody has it), and results that other results depend on.
+        hooks: (lifted index, method, hook): what the program leaves on tensors.
+        retained: indices of lifted tensors whose gradient the program retains.
+        reads_leaf: it matters whether a tensor is a leaf.
+        hooked: (lifted index, hooks): of tensors that a backward of the program may come by.
         makes_generators: whether it draws from generators of its own: one run at a time.
         modes: (how to set it, to what): modes that the program leaves changed.
         communicates: whether the graph holds collectives, which must run once in each call.
@@ -326,7 +354,12 @@ class Lowered:
     gradients: list[tuple[int, Source]]
     overwritten: list[int]
     required: list[tuple[int, bool]]
-    spent: list[tuple[int, str]]
+    spent: list[tuple[int, Exception]]
+    made: list[Source | None]
+    hooks: list[tuple[int, str, Any]]
+    retained: list[int]
+    reads_leaf: bool
+    hooked: list[tuple[int, list[list[Any]]]]
     communicates: bool
     precheck: tuple[torch._C.Graph, list[int]] | None
     guards: list[ValueGuard]
@@ -391,21 +424,21 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     _check_sharing(recorder, lifted, writes)
     end = len(recorder)
     backwards: list[Backward] = []
-    spent: list[tuple[int, str]] = []
+    spent: list[tuple[int, Exception]] = []
+    made: list[Source | None] = []
     if sources.differentiable:
         differentiable = sources.differentiable
         # What a backward needs is gone when it has run, or may have been written to.
         if recording.ran_backward or any(
             t.requires_grad and t._version for _t, t, _c, _b in lifted
         ):
-            differentiable, spent = _unspent(recorder, differentiable)
-        wrt = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
-        if differentiable and wrt:
-            by_root = {source.root: leaf for source, leaf in differentiable}
-            backwards = [
-                _backward(recording, by_root, positions, roots, wrt)
-                for positions in _components(list(by_root.values()))
-            ]
+            differentiable, spent = _unspent(recording, differentiable)
+        if differentiable:
+            history = _History(recording, sources, differentiable)
+            made = history.made
+            with history:
+                backwards, failed = _backwards(recording, history, roots)
+            spent += failed
     lifted = recorder.lifted()
     # A backward may have looked at values of the forward, too.
     precheck, guards = _guards(recorder, state, lifted, roots)
@@ -446,6 +479,15 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         ],
         required=[(sources.lifted[id(t)], now) for t, now in recording.required],
         spent=spent,
+        made=made,
+        hooks=[(sources.lifted[id(t)], name, hook) for t, name, hook in recording.hooks],
+        retained=[sources.lifted[id(t)] for t in recording.retained],
+        reads_leaf=recording.autograd.reads_leaf,
+        hooked=[
+            (sources.lifted[id(h.user)], h.before)
+            for h in recording.autograd.hooked.values()
+            if recording.autograd.ran or any(h.before)
+        ],
         communicates=recorder.communicates(),
         precheck=precheck,
         guards=guards,
@@ -479,8 +521,9 @@ def lower_derivative(
             if write.differentiable:
                 assert write.root is not None
                 sources.differentiable.append((FromRoot(write.root), lifted[i][1]))
-    outputs = list({source.root: leaf for source, leaf in sources.differentiable}.values())
-    leaves = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
+    history = _History(recording, sources, sources.differentiable)
+    outputs = list(history.by_root.values())
+    leaves = history.leaves
     tangents: dict[int, torch.Tensor] = {}
     gradients: dict[int, torch.Tensor] = {}
     for given in path:
@@ -489,7 +532,9 @@ def lower_derivative(
         for output in outputs:
             index = len(recorder.sources())
             tangents[index] = recorder.add_tangent(output).requires_grad_()
-        gradients = _differentiate(recording, outputs, leaves, list(tangents.values()), True)
+        with history.cut(outputs):
+            gradients = _differentiate(recording, outputs, leaves, list(tangents.values()), True)
+        gradients = {i: g for i, g in gradients.items() if i not in history.hidden}
         leaves = {**leaves, **tangents}
         by_value = {recorder.describe(g).value: g for g in gradients.values()}
         outputs = [g for g in by_value.values() if g.requires_grad]
@@ -498,9 +543,11 @@ def lower_derivative(
     by_root = {root: gradients[i] for i, root in by_leaf.items() if gradients[i].requires_grad}
     num_exposed = len(roots.values)
     end = len(recorder)
-    backward = None
-    if by_root:
-        backward = _backward(recording, by_root, list(range(len(by_root))), roots, leaves)
+    with history.cut(list(by_root.values())):
+        backwards = [
+            _backward(recording, by_root, positions, roots, leaves, history.hidden)
+            for positions in _components(list(by_root.values()))
+        ]
     guards = [
         ValueGuard(roots.add(value), expected, is_value, source)
         for value, expected, is_value, source in recorder.guards()
@@ -520,8 +567,39 @@ def lower_derivative(
         tangents=list(tangents),
         gradients=by_leaf,
         guards=guards,
-        backward=backward,
+        backwards=backwards,
     )
+
+
+def _gradients(
+    outputs: list[torch.Tensor],
+    leaves: list[torch.Tensor],
+    tangents: list[torch.Tensor],
+    create_graph: bool,
+) -> list[torch.Tensor | None]:
+    """The gradients of leaves, which keep those that they have."""
+    before = [grad_of(leaf) for leaf in leaves]
+    for leaf in leaves:
+        set_grad(leaf, None)
+    try:
+        found = torch.autograd.grad(
+            outputs,
+            leaves,
+            tangents,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    finally:
+        for leaf, grad in zip(leaves, before):
+            set_grad(leaf, grad)
+    return list(found)
+
+
+def _bare(error: Exception) -> Exception:
+    """An error to raise later, without the frames of the capture."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def _differentiate(
@@ -532,17 +610,12 @@ def _differentiate(
     create_graph: bool,
 ) -> dict[int, torch.Tensor]:
     """The gradients of `leaves` that there are."""
+    if not leaves:
+        return {}
     recorder = recording.recorder
     random_calls = recorder.random_calls()
-    gradients = recording.resume(
-        lambda: torch.autograd.grad(
-            outputs,
-            list(leaves.values()),
-            tangents,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
+    every = list(leaves.values())
+    gradients = recording.resume(lambda: _gradients(outputs, every, tangents, create_graph))
     if recorder.random_calls() != random_calls:
         raise UnsupportedError(
             "the backward of the program draws random numbers that its forward has not drawn "
@@ -639,25 +712,202 @@ def _update(
 
 
 def _unspent(
-    recorder: _C.Recorder, differentiable: list[tuple[FromRoot, torch.Tensor]]
-) -> tuple[list[tuple[FromRoot, torch.Tensor]], list[tuple[int, str]]]:
+    recording: Recording, differentiable: list[tuple[FromRoot, torch.Tensor]]
+) -> tuple[list[tuple[FromRoot, torch.Tensor]], list[tuple[int, Exception]]]:
     """Tell results with a backward from those whose backward raises, since it has run already."""
-    leaves = [twin for _tensor, twin, _c, _b in recorder.lifted() if twin.requires_grad]
+    leaves = [leaf for leaf in recording.recorder.sources() if leaf is not None]
+    leaves += _made_leaves([leaf for _source, leaf in differentiable], leaves)
     fresh, spent = [], []
     for source, result in differentiable:
-
-        def attempt(result: torch.Tensor = result) -> None:
-            torch.autograd.grad(
-                result, leaves, result.detach(), retain_graph=True, allow_unused=True
-            )
-
         try:
-            recorder.resumed(attempt)
-        except RuntimeError as e:
-            spent.append((source.root, str(e)))
+            recording.resume(lambda: _gradients([result], leaves, [result.detach()], False))  # noqa: B023 # called at once
+        except (UnsupportedError, FallbackError):
+            raise
+        except Exception as e:
+            spent.append((source.root, _bare(e)))
         else:
             fresh.append((source, result))
     return fresh, spent
+
+
+class _History:
+    """What differentiable results depend on.
+
+    A result that other results depend on is a leaf to them: a hook of the caller's on it, its
+    `retain_grad()` and `torch.autograd.grad` with respect to it see what eager's would.
+
+    Attributes:
+        by_root: the results, by root.
+        leaves: the leaves that gradients belong to, by index of the lifted tensor, or by ~k.
+        made: for each such k, where a replay takes the leaf from; None where nobody has it.
+        hidden: the keys of those.
+        aliases: root -> the leaf that it is a view of, and how.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        sources: _Sources,
+        differentiable: list[tuple[FromRoot, torch.Tensor]],
+    ) -> None:
+        recorder = recording.recorder
+        self.by_root = {source.root: leaf for source, leaf in differentiable}
+        self.aliases = sources.aliases
+        self.made: list[Source | None] = []
+        self.leaves = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
+        self.hidden: set[int] = set()
+        outputs = list(self.by_root.values())
+        lifted = sources.lifted
+        assigned = {
+            id(new): lifted[id(t)] for t, new, _user in recording.assigned if id(t) in lifted
+        }
+        for leaf in _made_leaves(outputs, list(self.leaves.values())):
+            if not leaf.requires_grad:
+                continue  # any more
+            key = ~len(self.made)
+            self.leaves[key] = leaf
+            if id(leaf) in assigned:  # what a tensor of the user's is since then
+                self.made.append(FromLifted(assigned[id(leaf)]))
+            else:
+                self.made.append(sources.known(leaf))
+            if self.made[-1] is None:
+                self.hidden.add(key)
+        inner = _inner(outputs)
+        self._places = [o for o in outputs if any(o is place for place in inner)]
+        self._stops: list[torch.Tensor] = []
+        from_root = {source.root: source for source, _leaf in differentiable}
+        for root, output in self.by_root.items():
+            if any(output is place for place in self._places):
+                # Nothing reads its value.
+                stop = recorder.resumed(output.detach).requires_grad_()
+                self.leaves[~len(self.made)] = stop
+                self.made.append(from_root[root])
+                self._stops.append(stop)
+
+    def cut(self, outputs: list[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Let the histories of these outputs end at the results that they depend on."""
+        context = contextlib.ExitStack()
+        if self._places:
+            context.callback(_C.cut(outputs, self._places, self._stops).restore)
+        return context
+
+    def __enter__(self) -> None:
+        self._cut = self.cut(list(self.by_root.values()))
+        self._cut.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._cut.__exit__(*exc)
+
+
+def _made_leaves(outputs: list[torch.Tensor], known: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Leaves in the history of outputs that are none of `known`: the program made them."""
+    found: dict[int, torch.Tensor] = {}
+    seen: set[Any] = set()
+    stack = [output.grad_fn for output in reversed(outputs)]
+    ids = set(map(id, known))
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        variable = getattr(function, "variable", None)
+        if variable is not None and id(variable) not in ids:
+            found[id(variable)] = variable
+        stack.extend(following for following, _k in reversed(function.next_functions))
+    return list(found.values())
+
+
+def _inner(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of the outputs that others depend on."""
+    edges = {(o.grad_fn, o.output_nr): o for o in outputs}
+    inner: dict[int, torch.Tensor] = {}
+    seen: set[Any] = set()
+    stack = [output.grad_fn for output in outputs]
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        for edge in function.next_functions:
+            if edge in edges:
+                inner[id(edges[edge])] = edges[edge]
+            stack.append(edge[0])
+    return list(inner.values())
+
+
+def _is_plain_view(leaf: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether nothing but views lies between a tensor and what it is a view of."""
+    function = leaf.grad_fn
+    ends = base.grad_fn
+    while function is not None and function is not ends:
+        variable = getattr(function, "variable", None)
+        if variable is not None:
+            return variable is base
+        following = function.next_functions
+        if len(following) != 1 or isinstance(function, torch.autograd.function.BackwardCFunction):
+            return False
+        function = following[0][0]
+    return function is ends and ends is not None
+
+
+def _backwards(
+    recording: Recording, history: _History, roots: _Roots
+) -> tuple[list[Backward], list[tuple[int, Exception]]]:
+    """The backwards of results, in an order in which each comes after those that it depends on.
+
+    Returns:
+        Them, and (root, error) for results whose backward raises an error.
+    """
+    backwards: list[Backward] = []
+    spent: list[tuple[int, Exception]] = []
+    by_root = list(history.by_root.items())
+    stack = _components([leaf for _root, leaf in by_root])
+    while stack:
+        positions = stack.pop(0)
+        try:
+            backwards.append(
+                _backward(
+                    recording,
+                    history.by_root,
+                    positions,
+                    roots,
+                    history.leaves,
+                    history.hidden,
+                    history.aliases,
+                )
+            )
+        except (UnsupportedError, FallbackError):
+            raise
+        except Exception as e:
+            if len(positions) == 1:
+                spent.append((by_root[positions[0]][0], _bare(e)))
+                continue
+            # Each by itself: eager raises only what the way of one result comes to.
+            part = [(FromRoot(by_root[k][0]), by_root[k][1]) for k in positions]
+            fresh, failed = _unspent(recording, part)
+            kept = {source.root for source, _leaf in fresh}
+            spent += failed
+            left = [k for k in positions if by_root[k][0] in kept]
+            if left == positions:
+                raise
+            if left:
+                stack.insert(0, left)
+    # Topological: what is a leaf of another comes first.
+    ordered: list[Backward] = []
+    produced = {root: backward for backward in backwards for root in backward.outputs}
+
+    def put(backward: Backward) -> None:
+        if any(backward is known for known in ordered):
+            return
+        for key in backward.wrt:
+            source = history.made[~key] if key < 0 else None
+            if isinstance(source, FromRoot) and source.root in produced:
+                put(produced[source.root])
+        ordered.append(backward)
+
+    for backward in backwards:
+        put(backward)
+    return ordered, spent
 
 
 def _components(outputs: list[torch.Tensor]) -> list[list[int]]:
@@ -720,6 +970,8 @@ def _backward(
     positions: list[int],
     roots: _Roots,
     leaves: dict[int, torch.Tensor],
+    hidden: set[int],
+    aliases: dict[int, tuple[int, _C.ViewSequence]] | None = None,
 ) -> Backward:
     """Record `torch.autograd.grad` after the program, and lower what it adds on its own.
 
@@ -729,18 +981,23 @@ def _backward(
     Args:
         by_root: all roots that get a tangent.
         positions: which of them to differentiate.
+        hidden: those of `leaves` that nobody has.
+        aliases: root -> the leaf that it is a view of, and how.
     """
     recorder = recording.recorder
     begin = len(recorder)
     every = list(by_root.items())
     outputs = dict(every[k] for k in positions)
     tangents = [recorder.add_tangent(leaf) for leaf in outputs.values()]
+    autograd = recording.autograd
+    autograd.contributions, autograd.checkpoints = [], False
     gradients = _differentiate(recording, list(outputs.values()), leaves, tangents, False)
+    nested = _nested(recorder, autograd.contributions, leaves, gradients)
     paths = _paths(list(outputs.values()))
-    by_leaf = {i: recorder.describe(g).value for i, g in gradients.items()}
+    by_leaf = {i: recorder.describe(g).value for i, g in gradients.items() if i not in hidden}
     # In the order in which eager has them ready: DistributedDataParallel fills buckets by it.
     wrt = sorted(by_leaf, key=lambda i: by_leaf[i].node)
-    values = [by_leaf[i] for i in wrt]
+    values = [by_leaf[i] for i in wrt] + [value for _i, value in nested]
     tangent_values = [recorder.describe(t).value for t in tangents]
     guards = [
         (value, ValueGuard(len(values) + k, expected, is_value, source))
@@ -765,14 +1022,25 @@ def _backward(
     boundary = list(saved) + tangent_values
     graph, parameters = _C.lower(recorder, values, len(values), begin, len(recorder), boundary)
     assert not parameters, "everything that a backward reads is saved"
+    every_leaf = wrt + [i for i in leaves if id(leaves[i]) in paths and i not in by_leaf]
     return Backward(
         graph=graph,
         outputs=list(outputs),
         positions=positions,
         once=bool(saved) or _holds_values(list(outputs.values())),
         saved=[roots.add(v) for v in saved],
-        wrt=wrt + [i for i in leaves if id(leaves[i]) in paths and i not in by_leaf],
-        reached=[paths[id(leaves[i])] for i in wrt],
+        wrt=every_leaf,
+        count=len(wrt),
+        nested=[(i, len(wrt) + k) for k, (i, _value) in enumerate(nested)],
+        whole=autograd.checkpoints,
+        aliases={
+            k: (every_leaf.index(leaf), views)
+            for k, root in enumerate(outputs)
+            if (found := (aliases or {}).get(root)) is not None
+            for leaf, views in [found]
+            if leaf in every_leaf
+        },
+        reached=[paths[id(leaves[i])] for i in every_leaf],
         strides=[t.stride() for t in tangents],
         guards=[guard for _value, guard in guards],
         begin=begin,
@@ -781,12 +1049,31 @@ def _backward(
     )
 
 
+def _nested(
+    recorder: _C.Recorder,
+    contributions: list[tuple[int, torch.Tensor, torch.Tensor]],
+    leaves: dict[int, torch.Tensor],
+    gradients: dict[int, torch.Tensor],
+) -> list[tuple[int, _C.ValueRef]]:
+    """What is accumulated one after the other, by leaf; it is taken out of `gradients`."""
+    if not contributions:
+        return []
+    key_of = {id(leaf): i for i, leaf in leaves.items()}
+    ordered = [(begin, key_of[id(leaf)], grad) for begin, leaf, grad in contributions]
+    for i in {i for _begin, i, _grad in ordered} & gradients.keys():
+        gradient = gradients.pop(i)
+        node = recorder.describe(gradient).value.node
+        before = sum(begin <= node for begin, _i, _grad in ordered)
+        ordered.insert(before, (node + 1, i, gradient))
+    return [(i, recorder.describe(grad).value) for _begin, i, grad in ordered]
+
+
 def _paths(outputs: list[torch.Tensor]) -> dict[int, frozenset[int]]:
     """id of a leaf -> the positions in `outputs` from which autograd has a way to it."""
     order: list[Any] = []  # every function before those that it leads to, once reversed
     found: set[Any] = set()
     for output in outputs:
-        stack: list[tuple[Any, bool]] = [(output.grad_fn, False)]
+        stack: list[tuple[Any, bool]] = [(output.grad_fn, False)] if output.grad_fn else []
         while stack:
             function, done = stack.pop()
             if done:
@@ -797,8 +1084,10 @@ def _paths(outputs: list[torch.Tensor]) -> dict[int, frozenset[int]]:
                 stack.extend((f, False) for f, _k in function.next_functions if f is not None)
     reached: dict[Any, int] = dict.fromkeys(order, 0)
     for k, output in enumerate(outputs):
-        reached[output.grad_fn] |= 1 << k
-    leaves = {}
+        if output.grad_fn is not None:
+            reached[output.grad_fn] |= 1 << k
+    # A gradient may be the tangent itself.
+    leaves = {id(o): frozenset([k]) for k, o in enumerate(outputs) if o.grad_fn is None}
     for function in reversed(order):
         mask = reached[function]
         for following, _k in function.next_functions:
@@ -950,6 +1239,7 @@ class _Sources:
         self._generators = recording.generators
         self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
         self.differentiable: list[tuple[FromRoot, torch.Tensor]] = []
+        self.aliases: dict[int, tuple[int, _C.ViewSequence]] = {}  # of lifted tensors, by root
         self.lifted = {}  # id of a lifted tensor or its twin -> its index
         for i, (tensor, twin, _constant, _base) in enumerate(self.recorder.lifted()):
             self.lifted[id(tensor)] = self.lifted[id(twin)] = i
@@ -970,6 +1260,11 @@ class _Sources:
         everything += [value for _tensor, value, _user in recording.assigned]
         everything += [grad for _tensor, _before, grad, _seen in recording.gradients]
         self._count(everything)
+
+    def known(self, value: Any) -> Source | None:
+        """The source of an object that was met before."""
+        found = self._known.get(id(value))
+        return None if found is None else found[1]
 
     def _count(self, values: list[Any]) -> None:
         """How many tensors of the results belong to each storage."""
@@ -1135,8 +1430,14 @@ class _Sources:
         lifted = recorder.lifted()
         base = about.base_lifted
         if base >= 0 and lifted[base][2]:
-            if not about.mutated:
-                return FromConstant(base, about.views, self._counted_with(leaf))
+            if not about.mutated and (leaf.is_leaf or not leaf.requires_grad):
+                return FromConstant(
+                    base,
+                    about.views,
+                    self._counted_with(leaf),
+                    requires_grad=leaf.requires_grad and leaf.is_leaf and not leaf._is_view(),
+                    parameter=isinstance(leaf, torch.nn.Parameter),
+                )
         elif base >= 0 and lifted[base][3] == base:
             # Of a member, not of the storage as a whole: so it shares the version counter.
             members = [i for i, (*_, group) in enumerate(lifted) if group == base and i != base]
@@ -1152,9 +1453,22 @@ class _Sources:
                 return FromLifted(base, alias=True)
             return FromView(FromLifted(base, alias=not about.shares_version), about.views)
         differentiable = leaf.requires_grad and leaf.grad_fn is not None
-        if differentiable and base >= 0 and not lifted[base][2] and len(about.views):
-            # Eager's own view of the user's tensor, with eager's gradient.
-            return FromView(FromLifted(base), about.views)
+        of_user = base >= 0 and not lifted[base][2] and len(about.views) > 0
+        if of_user and leaf.requires_grad and leaf.is_leaf and not about.mutated:
+            # Of what requires grad, a view without a history says so, too.
+            made_so = leaf._base is None or not leaf._base.requires_grad
+            return FromView(FromLifted(base), about.views, False, made_so)
+        alias_of = None
+        if differentiable and of_user:
+            if _is_plain_view(leaf, lifted[base][1]):
+                # Eager's own view of the user's tensor, with eager's gradient.
+                return FromView(FromLifted(base), about.views, grad_mode=True)
+            if not about.mutated:
+                alias_of = base, about.views
+        elif differentiable:
+            found = self._view_of_result(leaf)
+            if found is not None:
+                return found
         if about.mutated and self._sharing.get(about.storage, 0) > 1 and not differentiable:
             whole = self._base(self.roots.add(recorder.base_value(leaf)), leaf)
             if len(about.views) or whole.taken:
@@ -1181,14 +1495,32 @@ class _Sources:
         source = FromRoot(
             root,
             alias,
-            requires_grad=leaf.requires_grad and leaf.is_leaf and not leaf._is_view(),
+            requires_grad=leaf.requires_grad
+            and leaf.is_leaf
+            and (leaf._base is None or not leaf._base.requires_grad),
             parameter=isinstance(leaf, torch.nn.Parameter),
             inference=None if of_input else _inference(leaf),
             counted_with=counted_with,
+            retains_grad=differentiable and leaf.retains_grad,
         )
         if differentiable:
+            if alias_of is not None:
+                self.aliases[root] = alias_of
             self.differentiable.append((source, leaf))
         return source
+
+    def _view_of_result(self, leaf: torch.Tensor) -> FromView | None:
+        """The source of a differentiable view, where others share its memory: eager's own view."""
+        base = leaf._base
+        if base is None or not base.requires_grad or base.grad_fn is None:
+            return None
+        about = self.recorder.describe(base)
+        if not about.captured or len(about.views) or not _is_plain_view(leaf, base):
+            return None
+        source = self.of(base)
+        if not isinstance(source, FromRoot):
+            return None
+        return FromView(source, self.recorder.describe(leaf).views, grad_mode=True)
 
     def _base(self, root: int, leaf: torch.Tensor) -> _Base:
         """The output `root` as what `leaf` is a view of."""

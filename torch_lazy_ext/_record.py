@@ -21,6 +21,7 @@ from torch.optim import radam as _radam
 
 from torch_lazy_ext import (
     _C,
+    _autograd,
     _collectives,
     _escapes,
     _generators,
@@ -55,10 +56,10 @@ class Capture:
             to its `.data`, and the user's tensor that it stands for.
         gradients: id of a leaf -> the leaf, the gradient that it had before the program, and
             whether the program saw that one (not if it only set another).
-        required: id of a tensor -> the tensor, for those whose `requires_grad` the program set.
         replaced: id of a leaf -> how many nodes there were when the program set its gradient, which
             it had not seen.
         ran_backward: whether the program called `backward()`.
+        autograd: what autograd keeps of tensors.
         generators: the generators that the program was given or made.
         creations: the state that steps of optimizers made.
     """
@@ -72,10 +73,11 @@ class Capture:
         self.creations: list[_optimizers.Creation] = []
         self.assigned: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
-        self.required: dict[int, torch.Tensor] = {}
         self.ran_backward = False
         self.replaced: dict[int, int] = {}
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
+        self.autograd = _autograd.Autograd(recorder, state, self._user, self.refusal)
+        self._saved_hooks: list[Any] = []  # of the caller, for saved tensors
         self.data_parallel = _collectives.DataParallel(self.adopt)
         self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, numbers drawn so far
         self._furthest = 0  # how many were drawn before the state was put back
@@ -98,11 +100,11 @@ class Capture:
     def resume(self, fn: Callable[[], Any]) -> Any:
         """Call `fn` after the program has ended, as a part of it."""
         self._begin()
-        self._resumed = True
+        self._resumed = self.autograd.resumed = True
         try:
             return self.recorder.resumed(fn)
         finally:
-            self._resumed = False
+            self._resumed = self.autograd.resumed = False
             self._end()
 
     def _begin(self) -> None:
@@ -110,10 +112,16 @@ class Capture:
             if Capture._count == 0:
                 _install()
             Capture._count += 1
+        # A replay saves tensors under these, and the capture saves none.
+        while (hooks := _autograd.top_saved_hooks()) is not None:
+            self._saved_hooks.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
         _running.capture = self
 
     def _end(self) -> None:
         _running.capture = None
+        while self._saved_hooks:
+            torch._C._autograd._push_saved_tensors_default_hooks(*self._saved_hooks.pop())
         with Capture._lock:
             Capture._count -= 1
             if Capture._count == 0:
@@ -377,7 +385,7 @@ class Capture:
         """The twin of a leaf, with the gradient that the leaf has."""
         twin = self.recorder.twin_of(tensor)
         if id(tensor) not in self.gradients:
-            grad = _grad_of(tensor)
+            grad = _autograd.grad_of(tensor)
             self.gradients[id(tensor)] = (tensor, grad, seen)
             if grad is not None and seen:
                 if not self.recorder.is_liftable(grad):
@@ -399,7 +407,9 @@ class Capture:
 
     def get_grad(self, func: Any, tensor: torch.Tensor) -> Any:
         leaf = self._user(tensor)
-        if leaf is None or not leaf.is_leaf:
+        if leaf is not None and id(leaf) in self.autograd.retained:
+            return func(self.recorder.twin_of(leaf))
+        if leaf is None or not _autograd.is_leaf(leaf):
             return func(tensor)
         grad = func(self.adopt(leaf))
         _leaf, user, seen = self.gradients[id(leaf)]
@@ -411,37 +421,45 @@ class Capture:
         leaf = self._user(tensor)
         if value and isinstance(value[0], torch.Tensor):
             value = (self.recorder.twin_of(value[0]),)
-        if leaf is None or not leaf.is_leaf:
+        if leaf is None or not _autograd.is_leaf(leaf):
             return func(tensor, *value)
         if id(leaf) not in self.gradients:
             self.replaced[id(leaf)] = len(self.recorder)
         twin = self.adopt(leaf, seen=False)
         return func(twin, *value)
 
-    def backward(self, func: Any, *args: Any, **kwargs: Any) -> None:
-        for tensor, twin, constant, _base in self.recorder.lifted():
-            if not constant and twin.requires_grad and twin.is_leaf and tensor.is_leaf:
-                self.adopt(tensor)
-        self.ran_backward = True
-        func(*args, **kwargs)
-        self._collect_gradients()
+    def run_backward(self, func: Any, *args: Any, accumulate_grad: bool, **kwargs: Any) -> Any:
+        kwargs = dict(zip(_autograd.ENGINE, args, strict=False)) | kwargs
+        kwargs["allow"] = kwargs.pop("allow_unreachable", kwargs.get("allow"))
+        self.ran_backward = self.ran_backward or (accumulate_grad and not self._resumed)
+        result = self.autograd.run_backward(
+            self.adopt, func, accumulate_grad=accumulate_grad, **kwargs
+        )
+        if accumulate_grad and not self._resumed:
+            self._collect_gradients()
+        return result
+
+    def is_checkpoint_valid(self, func: Any) -> bool:
+        # After the program its results are differentiated as by a backward without inputs.
+        self.autograd.checkpoints = self.autograd.checkpoints or self._resumed
+        return self._resumed or func()
 
     def _collect_gradients(self) -> None:
         """What a custom autograd.Function, which sees no twins, left in the user's own leaves."""
         for tensor, before, _seen in self.gradients.values():
-            grad = _grad_of(tensor)
+            grad = _autograd.grad_of(tensor)
             if grad is not before:
-                _set_grad(tensor, before)
+                _autograd.set_grad(tensor, before)
                 twin = self.recorder.twin_of(tensor)
                 if grad is not None:
-                    known = _grad_of(twin)
+                    known = _autograd.grad_of(twin)
                     twin.grad = grad if known is None else known + grad
 
     def is_nested(self, func: Any, tensor: torch.Tensor) -> bool:
         return self.recorder.is_nested(tensor)
 
     def get_requires_grad(self, func: Any, tensor: torch.Tensor) -> Any:
-        return func(self.recorder.twin_of(tensor) if id(tensor) in self.required else tensor)
+        return func(self.autograd.twin_of(tensor))
 
     def requires_grad_(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         user = self._user(tensor)
@@ -451,7 +469,6 @@ class Capture:
         wanted = bool(args[0] if args else kwargs.get("requires_grad", True))
         if twin.requires_grad != wanted:
             func(twin, *args, **kwargs)
-            self.required[id(user)] = user
         return tensor
 
     def storage_offset(self, func: Any, tensor: torch.Tensor) -> int:
@@ -604,10 +621,6 @@ class Arrays:
 _FROM_NUMPY = torch.from_numpy
 
 
-# The slot itself, also while a capture has the property replaced.
-_grad_of = vars(torch._C.TensorBase)["grad"].__get__
-_set_grad = vars(torch._C.TensorBase)["grad"].__set__
-
 _METHODS: dict[str, Callable[..., Any]] = {
     "item": Capture.item,
     "__array__": Capture.read,
@@ -632,6 +645,21 @@ _PROPERTIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "requires_grad": (Capture.get_requires_grad, Capture.requires_grad_),
 }
 _GETTERS: dict[str, Callable[..., Any]] = {"is_nested": Capture.is_nested, "_base": Capture.base}
+
+
+def _of_autograd(answer: Callable[..., Any]) -> Callable[..., Any]:
+    def handler(capture: Capture, original: Any, *args: Any, **kwargs: Any) -> Any:
+        return answer(capture.autograd, original, *args, **kwargs)
+
+    return handler
+
+
+_METHODS.update((name, _of_autograd(answer)) for name, answer in _autograd.METHODS.items())
+_GETTERS.update((name, _of_autograd(answer)) for name, answer in _autograd.GETTERS.items())
+_PROPERTIES.update(
+    (name, (_of_autograd(getter), _of_autograd(setter)))
+    for name, (getter, setter) in _autograd.PROPERTIES.items()
+)
 _TENSOR = torch.tensor
 # Their C++ code reads the tensors in nested lists.
 _FROM_DATA = [
@@ -807,7 +835,11 @@ def _install() -> None:
     replace(torch.optim.LBFGS, "step", _function(torch.optim.LBFGS.step, Capture.lbfgs))
     for cls in (torch.nn.Module, torch.optim.Optimizer):
         replace(cls, "zero_grad", _function(cls.zero_grad, Capture.zero_grad))
-    replace(torch.autograd, "backward", _function(torch.autograd.backward, Capture.backward))
+    engine = _function(torch.autograd.graph._engine_run_backward, Capture.run_backward)
+    replace(torch.autograd, "_engine_run_backward", engine)
+    replace(torch.autograd.graph, "_engine_run_backward", engine)
+    valid = _function(torch.autograd._is_checkpoint_valid, Capture.is_checkpoint_valid)
+    replace(torch.autograd, "_is_checkpoint_valid", valid)
     for name, handler in _FROM_ARRAY.items():
         replace(torch, name, _function(getattr(torch, name), handler))
     for owner, name in _FROM_DATA:
@@ -890,6 +922,9 @@ class Recording:
             the program, what it is afterwards, and whether the program saw the one before.
         replaced: ids of leaves whose gradient the program set before it called any operator.
         required: tensors whose `requires_grad` the program changed, and what it is now.
+        autograd: the hooks of tensors, and whether the program ran a backward.
+        hooks: what the program left on tensors: the tensor, the method, and the hook.
+        retained: tensors whose gradient the program retains.
         ran_backward: whether the program called `backward()`.
         modes: (how to set it, to what), for the modes that the program left changed.
         made: the Python objects that were made since the program began.
@@ -911,6 +946,9 @@ class Recording:
         ] = []
         self.replaced: set[int] = set()
         self.required: list[tuple[torch.Tensor, bool]] = []
+        self.autograd = capture.autograd
+        self.hooks: list[tuple[torch.Tensor, str, Any]] = []
+        self.retained: list[torch.Tensor] = []
         self.ran_backward = False
         self.modes: list[tuple[Callable[[Any], object], Any]] = []
         self.made = _escapes.Made(frozenset())
@@ -923,10 +961,13 @@ class Recording:
         """
         before = [_tree.parts(c) for c in self.containers]
         assigned, gradients = len(self._capture.assigned), len(self._capture.gradients)
-        with torch.autocast("cpu", enabled=False):  # as eager recommends for backward()
-            result = self._capture.resume(backward)
+        try:
+            with torch.autocast("cpu", enabled=False):  # as eager recommends for backward()
+                result = self._capture.resume(backward)
+        finally:
+            changes = self._state.take_back()
         self._capture.check_random_position()
-        changed = [f"{type(c.owner).__name__} ({c.key!r})" for c in self._state.take_back()]
+        changed = [f"{type(c.owner).__name__} ({c.key!r})" for c in changes]
         for container, old in zip(self.containers, before):
             now = _tree.parts(container)
             assert now is not None and old is not None
@@ -1052,6 +1093,7 @@ def _record(
     finally:
         drawn = capture.moving.put_back()
         recording.changes = state.take_back()
+        capture.autograd.restore()
         for (get, set_mode), mode in zip(_MODES, modes):
             left = get()
             if left != mode:
@@ -1086,11 +1128,13 @@ def _record(
             "the program writes to the memory of a numpy array through torch.from_numpy: pass a "
             "tensor instead of the array"
         )
+    twins = [twin for _user, twin, _constant, _base in recorder.lifted()]
     strays = [
         twin
         for user, twin, constant, _base in recorder.lifted()
         if not constant and id(user) not in capture.gradients
     ]
+    strays += [s for s in recorder.sources() if s is not None and all(s is not t for t in twins)]
     if moved or any(t.is_leaf and t.grad is not None for t in strays):
         recorder.release()
         raise UnsupportedError(
@@ -1109,9 +1153,22 @@ def _record(
     recording.ran_backward = capture.ran_backward
     recording.required = [
         (t, required)
-        for t in capture.required.values()
-        if (required := recorder.twin_of(t).requires_grad) != t.requires_grad
+        for t, twin, constant, _base in recorder.lifted()
+        if not constant
+        and (required := recorder.twin_of(t).requires_grad) != t.requires_grad
+        and (twin.is_leaf or not required)
     ]
+    recording.retained = list(capture.autograd.retained.values())
+    recording.gradients += [
+        (t, None, twin_now.grad, False)
+        for t in recording.retained
+        if (twin_now := recorder.twin_of(t)).grad is not None
+    ]
+    try:
+        recording.hooks = capture.autograd.finish()
+    except UnsupportedError:
+        recorder.release()
+        raise
     for i, (container, old) in enumerate(zip(recording.containers, before)):
         now = _tree.parts(container)
         assert now is not None and old is not None

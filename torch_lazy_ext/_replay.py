@@ -65,17 +65,22 @@ _HANDLED_ERRORS = (_Learned, _Mismatch)
 
 def _no_derivatives(lowered: _lower.Lowered) -> str:
     """Why a program cannot be recorded once more after a call; nothing if it can."""
-    if lowered.refills or lowered.effects or lowered.assigned or lowered.required:
+    changes = lowered.required or lowered.hooks or lowered.retained
+    if lowered.refills or lowered.effects or lowered.assigned or changes:
         return "the program changes attributes, or containers that it is given"
     if lowered.gradients or lowered.spent:
         return "the program calls backward() itself"
+    if any(b.nested for b in lowered.backwards):
+        return "the program calls torch.utils.checkpoint with use_reentrant=True"
     if any(base >= 0 for _tensor, _constant, base in lowered.lifted):
         return "the program writes to memory that several of its tensors share"
     return ""
 
 
 def _placement(lowered: _lower.Lowered) -> _C.Placement:
-    return _C.Placement(offset=lowered.reads_offset, view=lowered.reads_views)
+    return _C.Placement(
+        offset=lowered.reads_offset, view=lowered.reads_views, leaf=lowered.reads_leaf
+    )
 
 
 def _function_modes() -> list[Any]:
@@ -264,6 +269,9 @@ class Specialization(_C.Variant):
             index = -1 if grad is None else index_of.get(id(grad), -1)
             self._add_gradient_guard(leaf, grad, _placement(lowered), index)
         lowered.leaves = []
+        for index, hooks in lowered.hooked:
+            self._add_hooks(index, hooks)
+        lowered.hooked = []
         # Tensors lifted as views of one storage.
         for base, indices in members.items():
             # The first one has the dtype in which the storage was lifted.
@@ -277,7 +285,7 @@ class Specialization(_C.Variant):
         """Let the C++ half write back and put the result together, where both are plain."""
         further: list[object] = [lowered.backwards, lowered.refills, lowered.effects]
         further += [lowered.assigned, lowered.gradients, lowered.required, lowered.spent]
-        further += [lowered.modes, lowered.update]
+        further += [lowered.modes, lowered.update, lowered.hooks, lowered.retained]
         if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
             return
         result = _native_result(lowered.result, set())
@@ -396,13 +404,22 @@ class Specialization(_C.Variant):
             states: of the generators, as the call found them.
         """
         lowered = self._lowered
-        if self._backwards:
+        for index, required in lowered.required:
+            if required:
+                tensors[index].requires_grad_()
+        take = _Results(containers, tensors, values)
+        if self._backwards or lowered.spent:
             drawn = list(zip(lowered.generators, states))
             origin = _gradients.Origin(self._derivatives, args, kwargs, tensors, drawn)
             written = self._written(tensors)
-            values = _gradients.attach(self._backwards, written, origin, tensors, values)
-        values = _gradients.spend(lowered.spent, values)
-        take = _Results(containers, tensors, values)
+            made = [functools.partial(take.leaf, source) for source in lowered.made]
+            with torch.enable_grad():
+                _gradients.attach(self._backwards, written, origin, tensors, values, made)
+                take.values = values = _gradients.spend(lowered.spent, values)
+        for index, name, hook in lowered.hooks:
+            getattr(tensors[index], name)(hook)
+        for index in lowered.retained:
+            tensors[index].retain_grad()
         with torch.no_grad():
             _write_back(lowered, self._update, tensors, values, take)
             for source in lowered.former:
@@ -411,7 +428,8 @@ class Specialization(_C.Variant):
             for index, value in new_data:
                 tensors[index].data = value
             for index, required in lowered.required:
-                tensors[index].requires_grad_(required)
+                if not required:
+                    _forget_history(tensors[index])
             for index, source in lowered.gradients:
                 tensors[index].grad = take(source)
         result = take(lowered.result)
@@ -523,6 +541,13 @@ def _count_together(
         counted.add(write.storage)
 
 
+def _forget_history(tensor: torch.Tensor) -> None:
+    if tensor.is_leaf:
+        tensor.requires_grad_(False)
+    else:
+        tensor.detach_()
+
+
 def _in_mode(value: torch.Tensor, inference: bool) -> torch.Tensor:
     """A tensor over the same memory that is an inference tensor, or none."""
     if value.is_inference() == inference:
@@ -580,6 +605,15 @@ class _Results:
         value = self._made[id(source)] = self._tensor(source)
         return value
 
+    def leaf(self, source: _lower.Source | None) -> torch.Tensor:
+        """A leaf of the backwards; one that nobody has is as good as any."""
+        if source is None:
+            return _gradients.anchor()
+        if isinstance(source, _lower.FromRoot) and not source.requires_grad:
+            return self.values[source.root]  # a result that others depend on
+        leaf: torch.Tensor = self(source)
+        return leaf
+
     def _build(self, source: _lower.Built) -> Any:
         if _tree.is_immutable(source.shape):
             value = _tree.make_tuple(source.shape, [self(c) for c in source.children])
@@ -625,6 +659,8 @@ class _Results:
                 value = value.data
             if source.inference is not None:
                 value = _in_mode(value, source.inference)
+            if source.retains_grad:
+                value.retain_grad()
             return value.requires_grad_() if source.requires_grad else value
         if isinstance(source, _lower.FromNumber):
             return self.values[source.root].item()
@@ -633,6 +669,10 @@ class _Results:
             return tensor.data if source.alias else tensor
         if isinstance(source, _lower.FromView):
             base = self(source.base)
+            if source.grad_mode is not None:
+                with torch.set_grad_enabled(source.grad_mode):
+                    value = source.views.apply(base)
+                return value.requires_grad_() if source.requires_grad else value
             return source.views.apply(base) if len(source.views) else torch.ops.aten.alias(base)
         if isinstance(source, _lower.FromStrided):
             return self._strided(source)
@@ -649,7 +689,9 @@ class _Results:
         value = source.views.apply(base) if len(source.views) else base
         if source.counted_with is not None:
             return self._counted(source.counted_with, value)
-        return value
+        if source.parameter:
+            return nn.Parameter(value, source.requires_grad)
+        return value.requires_grad_() if source.requires_grad else value
 
     def _counted(self, index: int, value: torch.Tensor) -> torch.Tensor:
         """A tensor over the memory of `value` that counts its versions with another."""

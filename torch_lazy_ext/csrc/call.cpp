@@ -1,5 +1,7 @@
 #include "call.h"
 
+#include "autograd.h"
+
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -166,6 +168,18 @@ void Variant::add_gradient_guard(
 void Variant::add_same_object(const py::object& slot, int64_t leaf) {
   Keep k = keep();
   same_objects_.emplace_back(state_.handle(slot, k), leaf);
+}
+
+void Variant::add_hooks(int64_t index, const py::list& functions) {
+  std::vector<PyObject*> hooks;
+  for (const py::handle& kind : functions) {
+    for (const py::handle& function : py::cast<py::list>(kind)) {
+      keep().append(function);
+      hooks.push_back(function.ptr());
+    }
+    hooks.push_back(nullptr);
+  }
+  hooks_.emplace_back(index, std::move(hooks));
 }
 
 void Variant::add_group(
@@ -336,6 +350,13 @@ std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwa
       return std::nullopt;
     }
   }
+  for (const auto& [index, hooks] : hooks_) {
+    const at::Tensor& t = call.tensors[index];
+    const bool none = hooks.size() == std::count(hooks.begin(), hooks.end(), nullptr);
+    if (!(none && has_no_hooks(t)) && hooks_of(t) != hooks) {
+      return std::nullopt;
+    }
+  }
   return call;
 }
 
@@ -406,6 +427,8 @@ bool Variant::overlaps_in_part(const Call& call) const {
 }
 
 std::vector<at::Tensor> Variant::values(PyObject* self, const Call& call) {
+  // The graph has its casts; around a part without any, eager would not cast either.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (checked && program_) {
     torch::jit::Stack stack;
     stack.reserve(parameters.size());
@@ -678,9 +701,10 @@ void bind_call(py::module_& m) {
   py::class_<Surroundings>(m, "Surroundings").def_static("now", &Surroundings::now);
   py::class_<Placement>(m, "Placement")
       .def(
-          py::init([](bool offset, bool view) { return Placement{offset, view}; }),
+          py::init([](bool offset, bool view, bool leaf) { return Placement{offset, view, leaf}; }),
           py::arg("offset"),
-          py::arg("view"));
+          py::arg("view"),
+          py::arg("leaf"));
   py::class_<Call>(m, "Call");
   py::class_<Variant>(m, "Variant")
       .def(py::init<py::list>())
@@ -724,6 +748,7 @@ void bind_call(py::module_& m) {
       .def("_lift_gradient", &Variant::lift_gradient)
       .def("_add_gradient_guard", &Variant::add_gradient_guard)
       .def("_add_same_object", &Variant::add_same_object)
+      .def("_add_hooks", &Variant::add_hooks)
       .def("_add_group", &Variant::add_group)
       .def("_set_written", &Variant::set_written)
       .def(

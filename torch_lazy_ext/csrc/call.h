@@ -104,6 +104,8 @@ class Variant {
   // that is -1.
   void add_gradient_guard(int64_t leaf, const py::object& gradient, Placement read, int64_t index);
   void add_same_object(const py::object& slot, int64_t leaf);
+  // The program runs a backward, and a lifted tensor has these hooks (as hooks_of lists them).
+  void add_hooks(int64_t index, const py::list& functions);
   void add_group(int64_t base, std::vector<std::pair<int64_t, int64_t>> members, size_t nbytes);
   void set_written(const std::vector<int64_t>& indices);
   void add_guard(DataGuard guard);
@@ -148,6 +150,7 @@ class Variant {
     int64_t index;
   };
   std::vector<GradientGuard> gradients_;
+  std::vector<std::pair<int64_t, std::vector<PyObject*>>> hooks_; // borrowed
   std::vector<StorageGroup> groups_;
   std::vector<int64_t> group_of_; // -1: on its own
   std::vector<int64_t> written_;

@@ -101,6 +101,7 @@ Tensors NativeProgram::run(const Tensors& inputs) {
   {
     // Nothing that happens inside is differentiated or seen: no dispatch through autograd.
     at::AutoDispatchBelowADInplaceOrView below_autograd;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     c10::SmallVector<AtenTensorOpaque*, 64> handles;
     handles.reserve(inputs_.size() + constants_.size());
     for (int64_t i : inputs_) {

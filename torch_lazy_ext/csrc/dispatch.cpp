@@ -268,6 +268,83 @@ bool is_same_memory(const Recorder& recorder, const at::Tensor& a, const at::Ten
       a.is_conj() == b.is_conj() && a.is_neg() == b.is_neg();
 }
 
+std::vector<int64_t> batches_of_this_run(Recorder& recorder, const at::Tensor& batch_sizes) {
+  StandaloneGuard alone;
+  const at::Tensor t = value_of_this_run(recorder, batch_sizes).contiguous();
+  return {t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + t.numel()};
+}
+
+// `_pad_packed_sequence`, whose own code writes the lengths through a data pointer.
+std::pair<at::Tensor, at::Tensor> pad_packed(
+    Recorder& recorder,
+    const at::Tensor& data,
+    const at::Tensor& batch_sizes,
+    bool batch_first,
+    const at::Scalar& padding,
+    int64_t total_length) {
+  std::vector<int64_t> batches = batches_of_this_run(recorder, batch_sizes);
+  const auto steps = static_cast<int64_t>(batches.size());
+  TORCH_CHECK(
+      total_length <= 0 || total_length >= steps,
+      "Expected total_length to be at least the length of the longest sequence in input, but got "
+      "total_length=",
+      total_length,
+      " and max sequence length being ",
+      steps);
+  std::vector<int64_t> sizes = {std::max(total_length, steps), batches[0]};
+  const auto further = data.sizes().slice(1);
+  sizes.insert(sizes.end(), further.begin(), further.end());
+  at::Tensor output = at::full(sizes, padding, data.options());
+  std::vector<int64_t> lengths(batches[0]);
+  batches.push_back(0);
+  int64_t offset = 0, begin = 0, batch = batches[0];
+  for (int64_t i = 0; i <= steps; ++i) {
+    if (batches[i] == batch) {
+      continue;
+    }
+    const int64_t count = batch * (i - begin);
+    std::vector<int64_t> part = {i - begin, batch};
+    part.insert(part.end(), further.begin(), further.end());
+    output.slice(0, begin, i)
+        .slice(1, 0, batch)
+        .copy_(data.slice(0, offset, offset + count).view(part));
+    offset += count;
+    begin = i;
+    while (batch > batches[i]) {
+      lengths[--batch] = i;
+    }
+    batch = batches[i];
+  }
+  at::Tensor length;
+  {
+    StandaloneGuard alone;
+    length = at::tensor(lengths, at::kLong);
+  }
+  return {batch_first ? output.transpose(0, 1) : output, recorder.lift(length, /*constant=*/true)};
+}
+
+// The backward of `_pack_padded_sequence`, whose own code reads the batch sizes.
+at::Tensor pack_backward(
+    Recorder& recorder,
+    const at::Tensor& grad,
+    std::vector<int64_t> sizes,
+    const at::Tensor& batch_sizes,
+    bool batch_first) {
+  if (batch_first) {
+    std::swap(sizes[0], sizes[1]);
+  }
+  at::Tensor out = at::zeros(sizes, grad.options());
+  int64_t offset = 0;
+  const std::vector<int64_t> batches = batches_of_this_run(recorder, batch_sizes);
+  for (size_t i = 0; i < batches.size(); ++i) {
+    out.select(0, static_cast<int64_t>(i))
+        .slice(0, 0, batches[i])
+        .copy_(grad.slice(0, offset, offset + batches[i]));
+    offset += batches[i];
+  }
+  return batch_first ? out.transpose(0, 1) : out;
+}
+
 // Operators that cannot be recorded as they are: the same computation through others.
 // Returns whether it has put the results on the stack.
 bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
@@ -278,6 +355,9 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     stack->resize(begin);
     (stack->emplace_back(std::move(results)), ...);
     return true;
+  };
+  auto answer_pair = [&](std::pair<at::Tensor, at::Tensor> results) {
+    return answer(std::move(results.first), std::move(results.second));
   };
   if (name == "aten::max_pool1d") {
     // Without gradients its composite code reads the data of a CPU tensor.
@@ -448,11 +528,21 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   if (name == "aten::_pad_packed_sequence") {
     // Its composite code fills a tensor through its data pointer: one node.
     const bool differentiable = at::GradMode::is_enabled() && at(0).toTensor().requires_grad();
-    if (differentiable) {
-      return false;
+    if (!differentiable) {
+      recorder.record(op, stack);
+      return true;
     }
-    recorder.record(op, stack);
-    return true;
+    return answer_pair(pad_packed(
+        recorder,
+        at(0).toTensor(),
+        at(1).toTensor(),
+        at(2).toBool(),
+        at(3).toScalar(),
+        at(4).toInt()));
+  }
+  if (name == "aten::_pack_padded_sequence_backward") {
+    return answer(pack_backward(
+        recorder, at(0).toTensor(), at(1).toIntVector(), at(2).toTensor(), at(3).toBool()));
   }
   if (name == "aten::batch_norm" || name == "aten::native_batch_norm") {
     // It updates the running statistics, and its schema does not say so. The kernel

@@ -1,5 +1,7 @@
 #include "guards.h"
 
+#include "autograd.h"
+
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -88,6 +90,7 @@ TensorGuard::TensorGuard(PyObject* tensor, Placement read)
   requires_grad_ = t.requires_grad();
   offset_ = read.offset ? t.storage_offset() : -1;
   view_ = read.view ? static_cast<int8_t>(t.is_view()) : -1;
+  leaf_ = read.leaf ? static_cast<int8_t>(t.is_leaf()) : -1;
 }
 
 bool TensorGuard::check(PyObject* object) const {
@@ -99,7 +102,8 @@ bool TensorGuard::check(const at::Tensor& t) const {
   return impl.key_set() == keys_ && impl.dtype() == dtype_ && impl.sizes() == sizes_ &&
       impl.strides() == strides_ && impl.requires_grad() == requires_grad_ &&
       impl.device() == device_ && (offset_ < 0 || impl.storage_offset() == offset_) &&
-      (view_ < 0 || t.is_view() == (view_ == 1));
+      (view_ < 0 || t.is_view() == (view_ == 1)) && (leaf_ < 0 || t.is_leaf() == (leaf_ == 1)) &&
+      !has_tangent(t);
 }
 
 // --------------------------------------------------------------- surroundings

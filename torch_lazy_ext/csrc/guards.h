@@ -21,11 +21,12 @@ namespace py = pybind11;
 // collector of cycles sees them.
 using Keep = py::list;
 
-// What else a program may have read of its tensors: where they lie in their storages, and whether
-// they are views.
+// What else a program may have read of its tensors: where they lie in their storages, whether
+// they are views, and whether they are leaves.
 struct Placement {
   bool offset;
   bool view;
+  bool leaf;
 };
 
 // What a program can read of a tensor without looking at its data.
@@ -45,6 +46,7 @@ class TensorGuard {
   bool requires_grad_;
   int64_t offset_; // -1: any
   int8_t view_; // -1: whether or not
+  int8_t leaf_; // -1: whether or not
 };
 
 // What is no argument and no state, and still decides what a program does.

@@ -1,4 +1,5 @@
 // The Python face of the extension.
+#include "autograd.h"
 #include "call.h"
 #include "compile.h"
 #include "lower.h"
@@ -253,8 +254,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const Recorder& r) {
             std::vector<std::optional<at::Tensor>> out;
             for (const LiftedInput& i : r.inputs) {
-              out.push_back(
-                  i.source.defined() && !i.constant ? std::optional(i.source) : std::nullopt);
+              // It may have become a leaf that requires grad in the program, or ceased to be.
+              const at::Tensor& leaf = i.source.defined() ? i.source : i.twin;
+              const bool wanted = !i.constant && leaf.requires_grad() && leaf.is_leaf();
+              out.push_back(wanted ? std::optional(leaf) : std::nullopt);
             }
             return out;
           },
@@ -371,6 +374,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_call(m);
 
   bind_compile(m);
+
+  bind_autograd(m);
 
   m.def(
       "lower",

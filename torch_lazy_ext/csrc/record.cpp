@@ -1,5 +1,7 @@
 #include "record.h"
 
+#include "autograd.h"
+
 #include "shapes.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -367,6 +369,11 @@ at::Tensor Recorder::lift(const at::Tensor& tensor, bool constant) {
   auto found = input_by_impl.find(tensor.unsafeGetTensorImpl());
   if (found != input_by_impl.end()) {
     return inputs[found->second].twin;
+  }
+  if (!constant && has_tangent(tensor)) {
+    throw Unsupported(
+        "the program is given a tensor with a tangent of forward-mode AD, which a graph would "
+        "drop: call the program itself, or make the dual tensor inside of it");
   }
   if (!constant && shared_storages.count(tensor.storage().unsafeGetStorageImpl()) != 0) {
     return lift_storage(tensor);
@@ -1288,8 +1295,10 @@ Checked Recorder::run_checked(
       dead_after[last_use[i]].push_back(i);
     }
   }
-  // As a replay runs, so that views of the inputs share their version counters.
+  // As a replay runs, so that views of the inputs share their version counters, and without a cast
+  // that no node is.
   c10::AutoGradMode no_grad(false);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   for (size_t k = 0; k < given.size(); ++k) {
     if (given[k].node < 0) {
       continue; // a view of another input

@@ -249,6 +249,7 @@ void Program::run(Stack& stack) const {
   // above the kernels proper stay: a view shares the version counter of its base.
   c10::AutoGradMode no_grad(false);
   at::AutoDispatchBelowAutograd below;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   TORCH_CHECK(
       static_cast<int32_t>(stack.size()) == num_inputs_,
       "the graph has ",
