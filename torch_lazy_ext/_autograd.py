@@ -246,6 +246,15 @@ class Autograd:
             self.reads_leaf = True
         return func(self.twin_of(tensor))
 
+    def version(self, func: Any, tensor: torch.Tensor) -> Any:
+        if self._user_of(tensor) is not None:
+            raise self._refusal(
+                "the program reads the version counter of a tensor that it was given "
+                "(torch.Tensor._version), which each call finds elsewhere: compare values, or read "
+                "it before the call"
+            )
+        return func(tensor)
+
     # ------------------------------------------------------------------ the end
 
     def restore(self) -> None:
@@ -313,6 +322,7 @@ GETTERS: dict[str, Callable[..., Any]] = {
     "is_leaf": Autograd.get,
     "output_nr": Autograd.get,
     "retains_grad": Autograd.get,
+    "_version": Autograd.version,
 }
 PROPERTIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "_backward_hooks": (Autograd.get_hooks, Autograd.set_hooks),

@@ -293,7 +293,9 @@ def _leave_values(
 
 
 def _contexts(tensors: list[Any]) -> list[Any]:
-    """What the custom functions in the history of these tensors keep in attributes."""
+    """What the functions in the history of these tensors keep: custom ones in attributes, and what
+    the program's hooks for saved tensors gave.
+    """
     seen: set[Any] = set()
     stack = [t.grad_fn for t in tensors if _is_tensor(t) and t.requires_grad]
     held = []
@@ -305,6 +307,11 @@ def _contexts(tensors: list[Any]) -> list[Any]:
         stack.extend(following for following, _k in function.next_functions)
         if isinstance(function, torch.autograd.function.FunctionCtx):
             held.append(vars(function))
+        for name in dir(function):
+            if name.startswith("_raw_saved_"):
+                saved = getattr(function, name)
+                for each in saved if isinstance(saved, (list, tuple)) else [saved]:
+                    held.append(each.data)
     return held
 
 

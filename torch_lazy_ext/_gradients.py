@@ -230,7 +230,8 @@ def attach(
         for i in backward.lowered.wrt:
             if i < 0 and i not in every:
                 every[i] = made[~i]()
-        saved = [kept[r] for r in backward.lowered.saved]
+        live = backward.lowered.live
+        saved = [kept[r] for k, r in enumerate(backward.lowered.saved) if k not in live]
         call = _Call(backward, saved, origin, (), every)
         _apply(call, values)
         if origin.refused:
@@ -259,6 +260,7 @@ class _Call:
     Attributes:
         saved, outputs: taken by the autograd.Function.
         nested: the leaves that a backward inside of the backward accumulates into.
+        written: lifted tensors that the backward writes to, by index.
         path: how the program was differentiated to come to this graph.
         inputs: what the graph was given, by the index of the lifted tensor or tangent.
     """
@@ -274,7 +276,9 @@ class _Call:
         self.backward = backward
         self.saved = saved
         self.outputs: list[torch.Tensor] = []
-        self.nested = [inputs[i] for i, _k in backward.lowered.nested]
+        lowered = backward.lowered
+        self.nested = [inputs[i] for i, _k in lowered.nested]
+        self.written = {i: inputs[i] for i, _k in lowered.written if i >= 0}
         self.origin = origin
         self.path = path
         self.inputs = inputs
@@ -362,6 +366,12 @@ class _Differentiable(torch.autograd.Function):
         given = frozenset(k for k, t in enumerate(tangents) if t is not None)
         # Eager's error, when this has run before and what it needs is gone.
         saved = ctx.saved_tensors if lowered.once else ()
+        if lowered.live:
+            rest = iter(saved)
+            saved = tuple(
+                call.written[lowered.live[k]] if k in lowered.live else next(rest)
+                for k in range(len(lowered.saved))
+            )
         dense = []
         for tangent, strides, (shape, dtype) in zip(tangents, lowered.strides, ctx.like):
             if tangent is None or tangent.stride() != strides or tangent.is_conj():
@@ -380,6 +390,11 @@ class _Differentiable(torch.autograd.Function):
             if _any_nan(mixed):
                 # A zero is not nothing: 0 * inf is NaN.
                 values = call.differentiably({k: dense[k] for k in sorted(given)})
+        with torch.no_grad():
+            for i, k in lowered.written:
+                target = call.written[i] if i >= 0 else tangents[~i]
+                if target is not None:
+                    target.copy_(values[k])
         for tensor, (_i, k) in zip(call.nested, lowered.nested):
             torch.autograd.backward([tensor], [values[k]])
         # No tangent on the way: no gradient, which is not the same as zero.

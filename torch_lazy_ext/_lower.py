@@ -230,6 +230,10 @@ class Backward:
         count: how many gradients there are.
         nested: (index of a lifted tensor, which value): what a backward inside of the backward (a
             reentrant checkpoint) accumulates, in order. No gradient of `wrt` belongs to these.
+        written: (index of a lifted tensor, or ~k for the tangent of output k; which value): what
+            the backward writes.
+        live: position in `saved` -> index of the lifted tensor that the backward reads as it is
+            then, since it writes to it.
         whole: it must not be asked for some gradients alone.
         aliases: position of an output -> of which of `wrt` it is a view, and how.
         reached: for each of `wrt`, the positions in `outputs` that autograd leads to it from.
@@ -248,6 +252,8 @@ class Backward:
     wrt: list[int]
     count: int
     nested: list[tuple[int, int]]
+    written: list[tuple[int, int]]
+    live: dict[int, int]
     whole: bool
     aliases: dict[int, tuple[int, _C.ViewSequence]]
     reached: list[frozenset[int]]
@@ -416,8 +422,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     num_results = len(roots.values)
     writes = [w for i in range(len(lifted)) for w in _write(recorder, lifted, i, sources, roots)]
     for write in writes:
-        if write.differentiable:
-            assert write.root is not None
+        if write.differentiable and write.root is not None:
             twin = lifted[write.index][1]
             sources.differentiable.append((FromRoot(write.root), twin))
     num_exposed = len(roots.values)
@@ -518,8 +523,7 @@ def lower_derivative(
     lifted = recorder.lifted()
     for i in range(len(lifted)):
         for write in _write(recorder, lifted, i, sources, roots):
-            if write.differentiable:
-                assert write.root is not None
+            if write.differentiable and write.root is not None:
                 sources.differentiable.append((FromRoot(write.root), lifted[i][1]))
     history = _History(recording, sources, sources.differentiable)
     outputs = list(history.by_root.values())
@@ -989,16 +993,20 @@ def _backward(
     every = list(by_root.items())
     outputs = dict(every[k] for k in positions)
     tangents = [recorder.add_tangent(leaf) for leaf in outputs.values()]
+    # As they are given: the backward may write to them, and to tensors of the user's.
+    tangent_values = [recorder.describe(t).value for t in tangents]
+    versions = _versions(recorder)
     autograd = recording.autograd
     autograd.contributions, autograd.checkpoints = [], False
     gradients = _differentiate(recording, list(outputs.values()), leaves, tangents, False)
     nested = _nested(recorder, autograd.contributions, leaves, gradients)
+    written = _written_by_backward(recorder, versions, tangents)
     paths = _paths(list(outputs.values()))
     by_leaf = {i: recorder.describe(g).value for i, g in gradients.items() if i not in hidden}
     # In the order in which eager has them ready: DistributedDataParallel fills buckets by it.
     wrt = sorted(by_leaf, key=lambda i: by_leaf[i].node)
     values = [by_leaf[i] for i in wrt] + [value for _i, value in nested]
-    tangent_values = [recorder.describe(t).value for t in tangents]
+    values += [value for _i, value in written]
     guards = [
         (value, ValueGuard(len(values) + k, expected, is_value, source))
         for k, (value, expected, is_value, source) in enumerate(
@@ -1032,6 +1040,14 @@ def _backward(
         wrt=every_leaf,
         count=len(wrt),
         nested=[(i, len(wrt) + k) for k, (i, _value) in enumerate(nested)],
+        written=[(i, len(wrt) + len(nested) + k) for k, (i, _value) in enumerate(written)],
+        live={
+            k: i
+            for i, _value in written
+            if i >= 0
+            for k, v in enumerate(saved)
+            if v == recorder.input_values([i])[0]
+        },
         whole=autograd.checkpoints,
         aliases={
             k: (every_leaf.index(leaf), views)
@@ -1047,6 +1063,34 @@ def _backward(
         given=boundary,
         roots=values,
     )
+
+
+def _versions(recorder: _C.Recorder) -> list[int]:
+    """The version counters of twins; -1 for what has none or is no tensor of the user's."""
+    return [
+        -1 if constant or twin.is_inference() else twin._version
+        for _tensor, twin, constant, _base in recorder.lifted()
+    ]
+
+
+def _written_by_backward(
+    recorder: _C.Recorder, versions: list[int], tangents: list[torch.Tensor]
+) -> list[tuple[int, _C.ValueRef]]:
+    """What a backward has written: index of the lifted tensor, or ~k for a tangent; its value."""
+    written = [(~k, t) for k, t in enumerate(tangents) if recorder.describe(t).mutated]
+    lifted = recorder.lifted()
+    versions = versions + [0] * (len(lifted) - len(versions))  # it comes by further ones
+    for i, (before, now) in enumerate(zip(versions, _versions(recorder))):
+        if before == now or now < 0:
+            continue
+        _tensor, twin, _constant, base = lifted[i]
+        if before > 0 or base >= 0:
+            raise UnsupportedError(
+                "the backward of the program writes to a tensor that its forward writes to, or "
+                "that shares its memory with another one: let the two write to tensors of their own"
+            )
+        written.append((i, twin))
+    return [(i, recorder.describe(t).value) for i, t in written]
 
 
 def _nested(
@@ -1120,11 +1164,10 @@ def _write(
         offset = int(viewed.storage_offset()) - int(tensor.storage_offset())
         meta = (list(viewed.shape), list(viewed.stride()), offset)
     differentiable = _has_own_history(twin, recorder.sources()[index])
-    if differentiable and (meta is not None or base >= 0):
+    if differentiable and base >= 0:
         raise UnsupportedError(
             "the program writes a result that requires grad to a tensor that it was given, and "
-            "changes its shape or writes to its memory through another tensor: return the result "
-            "instead"
+            "writes to its memory through another tensor: return the result instead"
         )
     if about.mutated and base in (-1, index):
         if torch._debug_has_internal_overlap(tensor) == 1:
@@ -1143,7 +1186,9 @@ def _write(
             )
         ]
     if about.version or meta is not None:
-        return [Write(index, None, about.version, about.storage, meta)]
+        return [
+            Write(index, None, about.version, about.storage, meta, differentiable=differentiable)
+        ]
     return []
 
 

@@ -70,6 +70,8 @@ def _no_derivatives(lowered: _lower.Lowered) -> str:
         return "the program changes attributes, or containers that it is given"
     if lowered.gradients or lowered.spent:
         return "the program calls backward() itself"
+    if any(b.written for b in lowered.backwards):
+        return "its backward writes to tensors"
     if any(b.nested for b in lowered.backwards):
         return "the program calls torch.utils.checkpoint with use_reentrant=True"
     if any(base >= 0 for _tensor, _constant, base in lowered.lifted):
@@ -514,7 +516,8 @@ def _write_back(
             extent = offset + 1 + sum((n - 1) * s for n, s in zip(sizes, strides))
             if 0 not in sizes and extent * tensor.itemsize > tensor.untyped_storage().nbytes():
                 tensor.resize_(sizes)
-            tensor.as_strided_(sizes, strides, offset)
+            with torch.set_grad_enabled(write.differentiable):
+                tensor.as_strided_(sizes, strides, offset)
         if write.root is not None and values[write.root] is not None:
             with torch.set_grad_enabled(write.differentiable):
                 tensor.copy_(values[write.root])
@@ -722,6 +725,12 @@ def capture(
         tensors += [leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor)]
         if any(map(nn.parameter.is_lazy, tensors)):
             raise _Uninitialized
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            raise UnsupportedError(
+                "an extracted graph is called under a transform of torch.func (grad, vmap, jacrev), "
+                "which would see none of its operators: transform the program itself, and extract "
+                "the result, as in extract_compiled_graph(torch.func.grad(program), ...)"
+            )
         try:
             recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts, creates)
         except _record.CreatesState as request:

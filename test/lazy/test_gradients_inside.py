@@ -953,6 +953,163 @@ class Raises(torch.autograd.Function):
         raise LookupError("no gradient of this")
 
 
+class Doubles(torch.autograd.Function):
+    """Its backward writes to its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        g.mul_(2)
+        return g.clone()
+
+
+class Counts(torch.autograd.Function):
+    """Its backward keeps statistics of its gradients in a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.buffer.mul_(0.5).add_(g.abs().sum())
+        return g * 2 + ctx.buffer, None
+
+
+class Scratch(torch.autograd.Function):
+    """Its backward writes to a tensor that it has saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.exp()
+        ctx.kept = y.detach()
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return ctx.kept.mul_(g).clone()
+
+
+def own_tangent(fn: Program, args: tuple[Any, ...]) -> Any:
+    y = fn(*args)
+    tangent = torch.arange(1.0, 1 + y.numel()).view_as(y)
+    y.backward(tangent)
+    return seen([y, args, tangent])
+
+
+class WritingBackwardTest(unittest.TestCase):
+    test_own_gradient = maketest(
+        stateless(lambda x: Doubles.apply(x * 3)), floats((3,), leaf=True), own_tangent
+    )
+    test_gradient_on_the_way = maketest(
+        stateless(lambda x: Doubles.apply(x * 3) * 2), floats((3,), leaf=True), own_tangent
+    )
+    test_saved_tensor = maketest(
+        stateless(lambda x: Scratch.apply(x * 3) * 2), floats((3,), leaf=True), own_tangent
+    )
+
+    @staticmethod
+    def counting() -> tuple[Program, Any]:
+        module = nn.Linear(3, 3)
+        module.register_buffer("seen", torch.zeros(()))
+        return (lambda x: Counts.apply(module(x), module.seen)), module
+
+    test_buffer = maketest(counting, floats((2, 3)))
+
+    def test_two_calls_and_then_their_backwards(self) -> None:
+        def caller(fn: Program, args: tuple[Any, ...]) -> Any:
+            first, second = fn(*args), fn(args[0] * 2)
+            second.sum().backward()
+            first.pow(2).sum().backward()
+            return seen(args)
+
+        check(self.counting, floats((2, 3), leaf=True), caller, captures=2)
+
+    def test_buffer_that_the_forward_writes_is_refused(self) -> None:
+        buffer = torch.zeros(())
+
+        def program(x: Tensor) -> Tensor:
+            buffer.add_(1)
+            return Counts.apply(x, buffer)
+
+        with self.assertRaisesRegex(UnsupportedError, "backward of the program writes to a tensor"):
+            extract_compiled_graph(program, (torch.ones(3, requires_grad=True),))
+
+
+class HistoryTest(unittest.TestCase):
+    """What the program does in place to arguments with a history."""
+
+    test_transposed = maketest(stateless(lambda x: x.t_() * 2), history((2, 3)))
+    test_unsqueezed = maketest(stateless(lambda x: (x.unsqueeze_(0), x.exp())[1]), history((2, 3)))
+    test_written_and_transposed = maketest(stateless(lambda x: x.mul_(2).t_() + 0), history((2, 3)))
+    test_transposed_and_written = maketest(
+        stateless(lambda x: (x.t_(), x.mul_(3), x[0])[-1]), history((2, 3))
+    )
+    test_squeezed_and_returned = maketest(stateless(lambda x: x.squeeze_(0)), history((1, 3)))
+    test_seen_by_the_caller = maketest(
+        stateless(lambda x: (x.mul_(2).t_(), None)[1]),
+        lambda: ((w := torch.randn(2, 3, requires_grad=True)) * 1, w),
+        lambda fn, args: (fn(args[0]), args[0].pow(2).sum().backward(), seen(args))[-1],
+    )
+
+    def test_views_of_one_are_refused(self) -> None:
+        def program(a: Tensor, b: Tensor) -> Tensor:
+            a.add_(1)
+            return a + b
+
+        x = torch.ones(4, requires_grad=True) * 1
+        with self.assertRaisesRegex(UnsupportedError, "aten::add_.Tensor writes to memory that"):
+            extract_compiled_graph(program, (x[:2], x[1:3]))
+
+    def test_version_is_refused(self) -> None:
+        with self.assertRaisesRegex(UnsupportedError, "reads the version counter"):
+            extract_compiled_graph(lambda x: x + x._version, (torch.ones(3),))
+
+
+class TransformTest(unittest.TestCase):
+    """torch.func of a graph names the graph; a graph of torch.func's is one."""
+
+    def test_of_a_graph(self) -> None:
+        graph = extract_compiled_graph(lambda x: x.sin().sum(), (torch.ones(3),))
+        for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
+            with self.subTest(transform.__name__):
+                with self.assertRaisesRegex(UnsupportedError, "under a transform of torch.func"):
+                    transform(graph)(torch.ones(3))
+        self.assertTrue(torch.equal(graph(torch.ones(3)), torch.ones(3).sin().sum()))
+
+    def test_of_a_graph_of_a_module(self) -> None:
+        module = nn.Linear(3, 3)
+        graph = extract_compiled_graph(module, (torch.ones(2, 3),)).as_module()
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(graph, parameters, (torch.ones(2, 3),)).sum()
+
+        parameters = {f"module.{k}": v.detach() for k, v in module.named_parameters()}
+        with self.assertRaisesRegex(UnsupportedError, "under a transform of torch.func"):
+            torch.func.grad(loss)(parameters)
+
+    test_grad = maketest(stateless(torch.func.grad(lambda x: x.exp().sum())), floats((3,)))
+    test_grad_of_a_leaf = maketest(
+        stateless(torch.func.grad(lambda x: x.exp().sum())), floats((3,), leaf=True)
+    )
+    test_vmap = maketest(
+        stateless(torch.func.vmap(lambda x: x.sin() * x.sum())), floats((2, 3), leaf=True)
+    )
+    test_jacrev = maketest(stateless(torch.func.jacrev(torch.sin)), floats((3,)))
+    test_with_respect_to_parameters = maketest(
+        linear(
+            lambda m, x: torch.func.grad(
+                lambda p: torch.func.functional_call(m, p, (x,)).pow(2).sum()
+            )(dict(m.named_parameters()))["weight"]
+        ),
+        floats((2, 3)),
+    )
+
+
 class CheckpointTest(unittest.TestCase):
     @staticmethod
     def block(m: nn.Linear, x: Tensor) -> Tensor:

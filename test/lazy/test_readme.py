@@ -154,6 +154,29 @@ def data_parallel_forward(x):
     extract_compiled_graph(nn.parallel.DistributedDataParallel(module), (x,))
 
 
+def backward_into_the_past(x):
+    w = x.clone().requires_grad_()
+    extract_compiled_graph(lambda y: y.pow(2).sum().backward(), (w * 2,))
+
+
+def tangent(x):
+    with torch.autograd.forward_ad.dual_level():
+        extract_compiled_graph(torch.sin, (torch.autograd.forward_ad.make_dual(x, x),))
+
+
+def hook_of_one_run(x):
+    def program(y):
+        y.register_hook([].append)
+        return y * 2
+
+    extract_compiled_graph(program, (x.clone().requires_grad_(),))
+
+
+def views_of_one(x):
+    y = x.clone().requires_grad_() * 1
+    extract_compiled_graph(lambda a, b: a.add_(1) + b, (y[:2], y[1:]))
+
+
 def captured(program):
     return lambda x: extract_compiled_graph(program, (x,))
 
@@ -192,6 +215,11 @@ LIMITS = {
     "LBFGS": step_of_lbfgs,
     "fully_shard": sharded,
     "DistributedDataParallel": data_parallel_forward,
+    "backward into the past": backward_into_the_past,
+    "tangent": tangent,
+    "hook of one run": hook_of_one_run,
+    "views of one": views_of_one,
+    "torch.func": lambda x: torch.func.grad(extract_compiled_graph(torch.sum, (x,)))(x),
 }
 
 

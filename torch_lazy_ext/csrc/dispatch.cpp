@@ -893,6 +893,31 @@ void merge_same_places(Stack* stack, size_t begin) {
   });
 }
 
+// Several tensors over one memory were given to the program, with histories of their own that eager
+// ties together by what they are views of.
+void check_shared_history(
+    Recorder& recorder,
+    const c10::OperatorHandle& op,
+    const std::vector<Written>& written) {
+  if (recorder.shared_storages.empty() || !at::GradMode::is_enabled()) {
+    return;
+  }
+  for (const Written& w : written) {
+    for (const LiftedInput& input : recorder.inputs) {
+      if (input.base >= 0 && input.source.defined() && !input.tensor.is_leaf() &&
+          storage_of(input.twin) == storage_of(w.tensor)) {
+        throw Unsupported(
+            c10::str(
+                op.schema().operator_name(),
+                " writes to memory that the program is given through several tensors with a "
+                "history (at ",
+                recorder.describe(recorder.current_source()),
+                "): pass what they are views of, and derive them inside the program"));
+      }
+    }
+  }
+}
+
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
 // With that: to go on to `select_kernel`.
@@ -919,6 +944,7 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     return false;
   }
   std::vector<Written> written = written_to(op, *stack, begin);
+  check_shared_history(recorder, op, written);
   const bool fused = is_fused(op);
   if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view) && !fused) {
     try {
