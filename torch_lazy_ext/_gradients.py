@@ -392,7 +392,7 @@ class _Differentiable(torch.autograd.Function):
                 values = call.differentiably({k: dense[k] for k in sorted(given)})
         with torch.no_grad():
             for i, k in lowered.written:
-                target = call.written[i] if i >= 0 else tangents[~i]
+                target = call.written.get(i, tangents[~i] if i < 0 else None)
                 if target is not None:
                     target.copy_(values[k])
         for tensor, (_i, k) in zip(call.nested, lowered.nested):

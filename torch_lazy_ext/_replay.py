@@ -727,9 +727,9 @@ def capture(
             raise _Uninitialized
         if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
             raise UnsupportedError(
-                "an extracted graph is called under a transform of torch.func (grad, vmap, jacrev), "
-                "which would see none of its operators: transform the program itself, and extract "
-                "the result, as in extract_compiled_graph(torch.func.grad(program), ...)"
+                "an extracted graph is called under a transform of torch.func (grad, vmap, "
+                "jacrev), which would see none of its operators: transform the program itself, and "
+                "extract the result, as in extract_compiled_graph(torch.func.grad(program), ...)"
             )
         try:
             recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts, creates)

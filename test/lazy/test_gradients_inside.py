@@ -1051,9 +1051,9 @@ class HistoryTest(unittest.TestCase):
     )
     test_squeezed_and_returned = maketest(stateless(lambda x: x.squeeze_(0)), history((1, 3)))
     test_seen_by_the_caller = maketest(
-        stateless(lambda x: (x.mul_(2).t_(), None)[1]),
+        stateless(lambda x, w: (x.mul_(2).t_(), None)[1]),
         lambda: ((w := torch.randn(2, 3, requires_grad=True)) * 1, w),
-        lambda fn, args: (fn(args[0]), args[0].pow(2).sum().backward(), seen(args))[-1],
+        lambda fn, args: (fn(*args), args[0].pow(2).sum().backward(), seen(args))[-1],
     )
 
     def test_views_of_one_are_refused(self) -> None:
@@ -1076,9 +1076,9 @@ class TransformTest(unittest.TestCase):
     def test_of_a_graph(self) -> None:
         graph = extract_compiled_graph(lambda x: x.sin().sum(), (torch.ones(3),))
         for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
-            with self.subTest(transform.__name__):
-                with self.assertRaisesRegex(UnsupportedError, "under a transform of torch.func"):
-                    transform(graph)(torch.ones(3))
+            refused = self.assertRaisesRegex(UnsupportedError, "under a transform of torch.func")
+            with self.subTest(transform.__name__), refused:
+                transform(graph)(torch.ones(3))
         self.assertTrue(torch.equal(graph(torch.ones(3)), torch.ones(3).sin().sum()))
 
     def test_of_a_graph_of_a_module(self) -> None:
