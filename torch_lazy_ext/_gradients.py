@@ -393,8 +393,9 @@ class _Differentiable(torch.autograd.Function):
         with torch.no_grad():
             for i, k in lowered.written:
                 target = call.written.get(i, tangents[~i] if i < 0 else None)
-                if target is not None:
-                    target.copy_(values[k])
+                value = values[k]
+                if target is not None and value is not None:
+                    target.copy_(value)
         for tensor, (_i, k) in zip(call.nested, lowered.nested):
             torch.autograd.backward([tensor], [values[k]])
         # No tangent on the way: no gradient, which is not the same as zero.

@@ -435,7 +435,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         differentiable = sources.differentiable
         # What a backward needs is gone when it has run, or may have been written to.
         if recording.ran_backward or any(
-            t.requires_grad and t._version for _t, t, _c, _b in lifted
+            t.requires_grad and not t.is_inference() and t._version for _t, t, _c, _b in lifted
         ):
             differentiable, spent = _unspent(recording, differentiable)
         if differentiable:

@@ -717,6 +717,14 @@ class ModesTest(unittest.TestCase):
                 with self.subTest(program.__name__, grad=grad.__name__), grad():
                     check(linear(program), floats((2, 3)), call, context=self.autocast())
 
+    @staticmethod
+    def looks(m: nn.Linear, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            scale = m(x).sum()
+        return m(x) * (2 if scale > 0 else 3)
+
+    test_parameter_first_met_in_inference_mode = maketest(linear(looks), floats((2, 3)), captures=2)
+
     def test_shape_cache_stays_right(self) -> None:
         """What runs under autocast says nothing of the same operator without it."""
 

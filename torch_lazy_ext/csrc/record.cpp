@@ -401,8 +401,9 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
   at::Tensor source;
   {
     std::optional<c10::InferenceMode> inference;
-    if (tensor.is_inference()) {
-      inference.emplace(true); // so that a write outside of the mode raises
+    if (tensor.is_inference() != c10::InferenceMode::is_enabled()) {
+      // So that a write outside of the mode raises, and where it is met decides nothing.
+      inference.emplace(tensor.is_inference());
     }
     c10::impl::ExcludeDispatchKeyGuard guard(capture_key);
     n->values.push_back(tensor.detach());
