@@ -16,6 +16,10 @@ import torch
 from torch_lazy_ext import _C, _compile, _lift, _lower, _record
 from torch_lazy_ext._errors import UnsupportedError
 
+# Products of a backward that autocast computes in its own type.
+_CAST = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul", "linear"}
+_SCALAR_TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Half"}
+
 # For each differentiation, the positions of the outputs that had a tangent.
 Path = tuple[frozenset[int], ...]
 
@@ -52,8 +56,28 @@ class Backward:
         )
         return not checked.learned
 
+    def _is_cast_by_autocast(self, dtype: torch.dtype) -> bool:
+        """Whether eager's backward computes otherwise under an autocast to this dtype."""
+        others = {"Float", "Half", "BFloat16"} - {_SCALAR_TYPES.get(dtype, "")}
+        return any(
+            n.kind().rpartition("aten::")[2] in _CAST
+            and any(
+                isinstance(v.type(), torch._C.TensorType) and v.type().scalarType() in others
+                for v in n.inputs()
+            )
+            for n in self.lowered.graph.nodes()
+        )
+
     def run(self, saved: tuple[torch.Tensor, ...], tangents: list[torch.Tensor]) -> Any:
         """The gradients of `lowered.wrt`."""
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            if self._is_cast_by_autocast(dtype):
+                raise UnsupportedError(
+                    "the backward of an extracted graph is called under autocast, where eager "
+                    f"would compute matrix products in {dtype} that the program computed in "
+                    "another type: call backward() outside of autocast, as PyTorch recommends"
+                )
         inputs = [*saved, *tangents]
         if not self._compiled:
             with self._first_run:

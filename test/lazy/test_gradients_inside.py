@@ -717,6 +717,22 @@ class ModesTest(unittest.TestCase):
                 with self.subTest(program.__name__, grad=grad.__name__), grad():
                     check(linear(program), floats((2, 3)), call, context=self.autocast())
 
+    def test_backward_under_autocast(self) -> None:
+        def caller(fn: Program, args: tuple[Any, ...]) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = fn(*args)
+                y.float().sum().backward()
+            return seen([y, args])
+
+        check(linear(lambda m, x: m(x)), floats((2, 3), leaf=True), caller, captures=2)
+        program, _module = linear(lambda m, x: torch.autocast("cpu", enabled=False)(m)(x))()
+        args = floats((2, 3), leaf=True)()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = extract_compiled_graph(program, args)(*args)
+            with self.assertRaisesRegex(UnsupportedError, "called under autocast"):
+                y.sum().backward()
+        extract_compiled_graph(program, args)(*args).sum().backward()
+
     @staticmethod
     def looks(m: nn.Linear, x: Tensor) -> Tensor:
         with torch.inference_mode():
