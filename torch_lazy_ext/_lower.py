@@ -1403,6 +1403,11 @@ class _Sources:
         about = self.recorder.describe(leaf)
         if about.captured:
             check_plain(leaf, "a result")
+            if _C.has_tangent(leaf):
+                raise UnsupportedError(
+                    "a result has a tangent of forward-mode AD, which a graph would drop: unpack "
+                    "it in the program, and return the tangent"
+                )
         if not about.captured:
             if not self.recorder.is_liftable(leaf):
                 return Constant(leaf)
@@ -1497,6 +1502,9 @@ class _Sources:
             if not len(about.views):
                 return FromLifted(base, alias=True)
             return FromView(FromLifted(base, alias=not about.shares_version), about.views)
+        if leaf.requires_grad and leaf._is_view():
+            # Autograd makes the history anew of a view whose base was written to.
+            recorder.resumed(lambda: leaf.grad_fn)
         differentiable = leaf.requires_grad and leaf.grad_fn is not None
         of_user = base >= 0 and not lifted[base][2] and len(about.views) > 0
         if of_user and leaf.requires_grad and leaf.is_leaf and not about.mutated:

@@ -909,6 +909,11 @@ class AliasTest(unittest.TestCase):
         floats((2, 2), leaf=True),
         written_to(1),
     )
+    test_base_written_after_the_view = maketest(
+        stateless(lambda x: (y := x * 2, v := y[1:], v.mul_(3), y.add_(1), [v, y])[-1]),
+        floats((4,), leaf=True),
+        written_to(0),
+    )
     test_of_a_parameter = maketest(
         linear(lambda m, x: [(m.weight * x).view(-1), m.weight[0]]), floats((2, 3, 3))
     )
@@ -1159,6 +1164,21 @@ class CheckpointTest(unittest.TestCase):
         captures=2,
     )
 
+    @staticmethod
+    def with_dropout() -> tuple[Program, Any]:
+        module = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.2))
+        return (lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=True)), module
+
+    test_reentrant_with_dropout = maketest(with_dropout, floats((2, 3), leaf=True))
+
+    def test_some_gradients_of_a_reentrant_one(self) -> None:
+        program, _module = linear(self.block)()
+        x = torch.randn(2, 3, requires_grad=True)
+        graph = extract_compiled_graph(program, (x,))
+        for fn in (program, graph):
+            with self.assertRaisesRegex(RuntimeError, "incompatible with .grad()"):
+                torch.autograd.grad(fn(x).sum(), x)
+
 
 class PackedTest(unittest.TestCase):
     @staticmethod
@@ -1234,6 +1254,15 @@ class ForwardModeTest(unittest.TestCase):
             module.weight = dual
             with self.assertRaisesRegex(UnsupportedError, "tangent of forward-mode AD"):
                 graph(torch.ones(2, 3))
+
+    def test_of_a_result(self) -> None:
+        from torch.autograd import forward_ad
+
+        with (
+            forward_ad.dual_level(),
+            self.assertRaisesRegex(UnsupportedError, "result has a tangent of forward-mode AD"),
+        ):
+            extract_compiled_graph(lambda x: forward_ad.make_dual(x, x * 2).sin(), (torch.ones(3),))
 
     def test_inside(self) -> None:
         from torch.autograd import forward_ad

@@ -1196,6 +1196,22 @@ void Recorder::seek(int64_t position) {
   position_ = position == static_cast<int64_t>(drawn_.size()) ? -1 : position;
 }
 
+namespace {
+
+// Random operators that read no values of their tensor: `bernoulli` has an overload that does.
+bool draws_by_shape(const c10::OperatorName& name) {
+  static const std::unordered_set<std::string> names = {
+      "aten::bernoulli.p",
+      "aten::rand_like",
+      "aten::randn_like",
+      "aten::randint_like",
+      "aten::uniform",
+      "aten::normal_functional"};
+  return names.count(c10::toString(name)) != 0;
+}
+
+} // namespace
+
 GenericNode* Recorder::drawn_again(const OperatorCall& call) {
   if (position_ < 0 || !call.random || call.reads_generator ||
       generator_of(call) != at::detail::getDefaultCPUGenerator()) {
@@ -1205,8 +1221,16 @@ GenericNode* Recorder::drawn_again(const OperatorCall& call) {
   bool same = before.call->op == call.op && before.call->constants_hash == call.constants_hash &&
       before.call->operands.size() == call.operands.size() && call.mutated.empty();
   for (size_t i = 0; same && i < call.operands.size(); ++i) {
-    // Equal hashes are equal computations on the same inputs.
-    same = before.call->operands[i].hash() == call.operands[i].hash();
+    // Equal hashes are equal computations on the same inputs. A reentrant checkpoint computes again
+    // on detached inputs, and what is drawn in the place of a tensor depends on its shape alone.
+    const auto meta = [](const torch::lazy::Output& o) -> const TensorMeta& {
+      return static_cast<const GenericNode*>(o.node)->metas[o.index];
+    };
+    same = before.call->operands[i].hash() == call.operands[i].hash() ||
+        (draws_by_shape(call.op.operator_name()) &&
+         meta(before.call->operands[i]).sizes == meta(call.operands[i]).sizes &&
+         meta(before.call->operands[i]).strides == meta(call.operands[i]).strides &&
+         meta(before.call->operands[i]).dtype == meta(call.operands[i]).dtype);
   }
   if (!same) {
     throw Unsupported(
