@@ -303,10 +303,12 @@ class Autograd:
                 stack += (value.__kwdefaults__ or {}).values()
             elif isinstance(value, types.MethodType):
                 stack += [value.__self__, value.__func__]
+            elif isinstance(value, types.BuiltinFunctionType):
+                stack.append(value.__self__)
             elif isinstance(value, torch.Tensor):
                 if _C.is_capture_tensor(value):
                     return False
-            elif not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
+            elif not isinstance(value, (type, types.ModuleType)):
                 return False
         return True
 
