@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 
 _TENSOR, _BASE = "torch.Tensor", "torch._C.TensorBase"
-_DATA = "test_data_dependence"
+_DATA, _GRADIENTS = "test_data_dependence", "test_gradients_inside"
 _CREATE_STATE = {
     "ASGD": "params_with_grad, grads, mus, axs, etas, state_steps",
     "Adadelta": "params_with_grad, grads, square_avgs, acc_deltas, state_steps",
@@ -123,13 +123,47 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "torch.autograd",
-        "backward",
+        "_engine_run_backward",
         "function",
-        "replaced: gradients of leaves belong to twins",
-        "test_training_step",
-        "(tensors, grad_tensors=, retain_graph=, create_graph=, grad_variables=, inputs=)",
-        "torch.Tensor.backward",
+        "replaced: gradients and hooks of leaves belong to twins",
+        _GRADIENTS,
+        "(t_outputs)",
+        "torch.autograd.backward",
     ),
+    Entry(
+        "torch.autograd",
+        "_is_checkpoint_valid",
+        "function",
+        "replaced: results are differentiated by torch.autograd.grad",
+        _GRADIENTS,
+        "()",
+        "torch.utils.checkpoint.CheckpointFunction.backward",
+    ),
+    *(
+        Entry("torch._C._autograd", name, "function in C", "called: hooks wait", _GRADIENTS)
+        for name in (
+            "_top_saved_tensors_default_hooks",
+            "_push_saved_tensors_default_hooks",
+            "_pop_saved_tensors_default_hooks",
+        )
+    ),
+    *(
+        Entry(_TENSOR, name, "function", "replaced: belongs to twins", _GRADIENTS, "(self, hook)")
+        for name in ("register_hook", "register_post_accumulate_grad_hook")
+    ),
+    Entry(_BASE, "retain_grad", "method", "replaced: belongs to twins", _GRADIENTS),
+    *(
+        Entry(_BASE, name, "property", "replaced: belongs to twins", _GRADIENTS)
+        for name in (
+            "grad_fn",
+            "is_leaf",
+            "output_nr",
+            "retains_grad",
+            "_backward_hooks",
+            "_post_accumulate_grad_hooks",
+        )
+    ),
+    Entry(_BASE, "_version", "property", "replaced: refused", _GRADIENTS),
     Entry("torch", "tensor", "function in C", "replaced: reads data in lists", _DATA),
     Entry("torch", "from_numpy", "function in C", "replaced: shares memory", _DATA),
     Entry("torch", "as_tensor", "function in C", "replaced: shares memory", _DATA),
