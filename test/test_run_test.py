@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import time
 import unittest
+import unittest.mock
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -369,6 +370,23 @@ class RunTestTest(unittest.TestCase):
         )
         self.assertCounts(self.run_test(status=0), 0, 0, 1)
         self.assertCounts(self.run_test("--slow", status=0), 1, 0, 0)
+
+    def test_threads_wait_without_a_core(self):
+        """So that tests come to their end beside a load; a user's own word is kept."""
+        self.write(
+            test_a="""
+            import os, unittest
+
+            class A(unittest.TestCase):
+                def test_policy(self):
+                    self.assertEqual(os.environ["OMP_WAIT_POLICY"], "passive")
+            """
+        )
+        with unittest.mock.patch.dict(os.environ):
+            os.environ.pop("OMP_WAIT_POLICY", None)
+            self.assertCounts(self.run_test(status=0), 1, 0, 0)
+            os.environ["OMP_WAIT_POLICY"] = "active"
+            self.assertCounts(self.run_test(status=1), 0, 1, 0)
 
     def test_hang_is_that_tests_failure(self):
         """In Python, where SIGABRT is ignored, and after the last test."""
