@@ -26,7 +26,7 @@ import tools  # noqa: E402, F401
 
 del sys.path[0]  # `tools` is found, and an installed package is not hidden by its sources.
 
-from tools.testing import results  # noqa: E402
+from tools.testing import results, run_process  # noqa: E402
 
 PASSING = """
     import unittest
@@ -419,6 +419,28 @@ class RunTestTest(unittest.TestCase):
         self.assertIn("FAILED test_a: test_a.A.test_2_hang (timed out after 20 s)", lines)
         self.assertIn("FAILED test_b: test_b (after its last test) (timed out after 20 s)", lines)
         self.assertTrue(any("line 9 in test_2_hang" in line for line in lines), lines)
+
+    def test_time_without_a_core_does_not_count(self):
+        """A test that a busy machine keeps from running is not one that hangs."""
+        self.write(
+            test_a="""
+            import time, unittest
+
+            class A(unittest.TestCase):
+                def test_1(self):
+                    time.sleep(4)
+            """
+        )
+        options = run_process.Options(self.test_dir, [], dict(os.environ), timeout=2.0)
+        for share, outcome in ((0.0, "failed"), (1.0, "passed")):
+            # Of the time that goes by, so much is spent without a core.
+            waited = unittest.mock.patch.object(
+                run_process, "waited_for_a_core", lambda _, s=share: s * time.monotonic()
+            )
+            with waited:
+                file, _ = run_process.run(run_process.Work("test_a"), options)
+            self.assertEqual({t.outcome for t in file.tests}, {outcome})
+        self.assertGreater(run_process.waited_for_a_core(os.getpid()), 0.0)
 
     def test_what_a_test_leaves_running_ends(self):
         self.write(

@@ -62,7 +62,7 @@ class Options:
         test_dir: the folder that the names of files start from.
         unittest_args: command line for unittest.
         env: the environment of the processes.
-        timeout: seconds that a test may take.
+        timeout: seconds that a test may take, without those that it waits for a core.
         reruns: how often a test that failed is run again.
         first: for each file, ids of the tests to begin with.
         live: whether the processes print to the output of this one.
@@ -103,6 +103,17 @@ def _kill(process: subprocess.Popen, sig: signal.Signals) -> None:
         os.killpg(process.pid, sig)
     except ProcessLookupError:
         process.poll()
+
+
+def waited_for_a_core(pid: int) -> float:
+    """Seconds that a process could have run, and others had the cores; 0 where nobody counts them.
+
+    Of its first thread, which runs the tests.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -148,7 +159,8 @@ def _run_process(
                 env=options.env,
                 start_new_session=True,  # A group of its own, to be killed as one.
             )
-            last = time.monotonic()
+            # What a busy machine keeps from a test is not counted: that does not hang.
+            last, waited = time.monotonic(), waited_for_a_core(process.pid)
             line = ""
             try:
                 while True:
@@ -159,12 +171,16 @@ def _run_process(
                             events.append(json.loads(line))
                             on_event(events[-1])
                             line, last = "", time.monotonic()
+                            waited = waited_for_a_core(process.pid)
                     if ended:
                         break
                     if options.stop():
                         stopped = True
                         break
-                    if time.monotonic() - last > options.timeout:
+                    seconds = time.monotonic() - last
+                    if seconds > options.timeout and (
+                        seconds - (waited_for_a_core(process.pid) - waited) > options.timeout
+                    ):
                         timed_out = True
                         _end(process)
                     time.sleep(POLL)
