@@ -8,6 +8,7 @@ import typing
 import torch
 
 __all__: list[str] = [
+    "Attempt",
     "Call",
     "Caller",
     "Checked",
@@ -15,6 +16,7 @@ __all__: list[str] = [
     "Described",
     "FrozenProgram",
     "NativeProgram",
+    "NotFinite",
     "OutputPlan",
     "Placement",
     "Program",
@@ -283,6 +285,14 @@ class Runnable:
 
 class ScriptProgram(Runnable):
     def __init__(self, arg0: torch._C.Graph) -> None: ...
+
+class NotFinite(ArithmeticError):
+    pass
+
+class Attempt(Runnable):
+    def __init__(
+        self, arg0: Runnable, arg1: bool, arg2: collections.abc.Callable[..., typing.Any]
+    ) -> None: ...
 
 class Switch(Runnable):
     target: Runnable

@@ -33,6 +33,10 @@ BackendFunction = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..
 Backend = str | BackendFunction
 
 
+class WrongOutputs(ExtractionError):
+    """What a user's backend returns is not what the graph has."""
+
+
 class Graph:
     """A lowered graph and what a backend has to know of it.
 
@@ -65,6 +69,20 @@ class Graph:
             if node.hasAttribute("default_dtype"):
                 return "operators under another default dtype"
         return self._unsuitable
+
+    @functools.cached_property
+    def draws(self) -> bool:
+        """Whether a run moves the random number generator."""
+        overloads = (n.target for n in self.module.graph.nodes)
+        return any(
+            isinstance(o, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in o.tags
+            for o in overloads
+        )
+
+    @property
+    def written(self) -> list[int]:
+        """The inputs that a run writes to."""
+        return self.functional[1] if self.functional else []
 
     @functools.cached_property
     def module(self) -> fx.GraphModule:
@@ -120,10 +138,12 @@ class Compiler:
         if callable(self.backend):
             if graph.functional:
                 return  # a compiler that takes graphs need not take some that write to inputs
-            program.target = _C.PythonProgram(_called(self.backend, graph, inputs))
+            called = _called(self.backend, graph, inputs)
+            program.target = self._attempt(graph, _C.PythonProgram(called), weakref.ref(program))
             graph.runs_on = _name_of(self.backend)
         elif self.backend == "fx":
-            program.target = _C.PythonProgram(_interpreted(graph.module))
+            interpreted = _C.PythonProgram(_interpreted(graph.module))
+            program.target = self._attempt(graph, interpreted, weakref.ref(program))
             graph.runs_on = "fx"
         elif self.freeze and graph.weights:
             _Frozen(self, graph, program).arm(inputs)
@@ -185,30 +205,89 @@ class Compiler:
     ) -> list[torch.Tensor]:
         """Run compiled code for the first time; keep it when its outputs are as they must be."""
         state = torch.get_rng_state()
+        written = {i: inputs[i].clone() for i in graph.written}
         switch = place()
         assert switch is not None
-        program = code.program()
-        outputs = program.run(inputs)
         try:
+            program = code.program()
+            outputs = program.run(inputs)
             code.check(module, inputs, outputs)
         except Exception as e:
             torch.set_rng_state(state)
-            self._stays(graph, e)
-            switch.target = script
-            return script.run(inputs)
-        switch.target = program
+            for i, value in written.items():
+                inputs[i].copy_(value)
+            outputs = script.run(inputs)  # or it raises: an error of the program on this data
+            if not isinstance(e, _C.NotFinite):
+                self._stays(graph, e)
+                switch.target = script
+            return outputs
+        switch.target = self._attempt(graph, program, place, script)
+        return outputs
+
+    def _attempt(
+        self,
+        graph: Graph,
+        program: _C.Runnable,
+        place: weakref.ref[_C.Switch],
+        script: _C.Runnable | None = None,
+    ) -> _C.Attempt:
+        """What runs `program`, and where that raises, lets TorchScript answer."""
+        if script is None:
+            switch = place()
+            assert switch is not None
+            script = switch.target
+        failed = functools.partial(self._failed, graph, place, script)
+        return _C.Attempt(program, graph.draws, failed)
+
+    def _failed(
+        self,
+        graph: Graph,
+        place: weakref.ref[_C.Switch],
+        script: _C.Runnable,
+        inputs: list[torch.Tensor],
+        error: Exception | None,
+    ) -> list[torch.Tensor]:
+        """The answer to a call on which what the backend made raises.
+
+        Raises:
+            WrongOutputs: the author of the backend has to know.
+            ExtractionError: it may have written to some of the inputs.
+            Exception: the graph raises, too: this is the program's own error.
+        """
+        if isinstance(error, WrongOutputs):
+            raise error
+        if error is not None and graph.written:
+            raise ExtractionError(
+                f"what the backend {_name_of(self.backend)} made of an update in place raises: "
+                f"{_first_line(error)}. Some of the tensors may have been updated"
+            ) from error
+        outputs = script.run(inputs)
+        if error is not None:
+            self._stays(graph, error)
+            switch = place()
+            if switch is not None:
+                switch.target = script
         return outputs
 
     def _stays(self, graph: Graph, error: Exception) -> None:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = _first_line(error)
         graph.runs_on = f"torchscript ({reason})"
         if not self._warned:
             self._warned = True
+            name = _name_of(self.backend)
+            why = (
+                "Inductor does not compile it"
+                if name in ("inductor", "tiered")
+                else f"the backend {name} fails on it"
+            )
             warnings.warn(
-                "a graph of this program stays on TorchScript, since Inductor does not compile it: "
-                f"{reason}",
+                f"a graph of this program stays on TorchScript, since {why}: {reason}",
                 stacklevel=2,
             )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class _Frozen:
@@ -434,14 +513,14 @@ def _called(
             outputs: Sequence[torch.Tensor]
             outputs = compiled(list(inputs)) if boxed else compiled(*inputs)
         if len(outputs) != len(expected):
-            raise ExtractionError(
+            raise WrongOutputs(
                 f"the backend {name} returns {len(outputs)} outputs of a graph with {len(expected)}"
             )
         for k, (want, got) in enumerate(zip(expected, outputs)):
             if (got.shape, got.dtype) != (want.shape, want.dtype) or (
                 got.stride() != want.stride() and got.numel() > 1
             ):
-                raise ExtractionError(
+                raise WrongOutputs(
                     f"the backend {name} returns {got.dtype}{list(got.shape)} with strides "
                     f"{got.stride()} as output {k}, and the graph has {want.dtype}"
                     f"{list(want.shape)} with {want.stride()}"

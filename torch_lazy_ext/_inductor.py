@@ -8,6 +8,10 @@ its C++ entry point (`_C.NativeProgram`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import hashlib
+import pathlib
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,10 +32,11 @@ from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.virtualized import V
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from torch_lazy_ext import _fx, _native, _private
+from torch_lazy_ext import _exact, _fx, _native, _private
 
 _private.check(_private.INDUCTOR)
 
@@ -121,14 +126,70 @@ def _configured(settings: dict[str, Any], threads: int) -> Iterator[None]:
         compile_lock,
         config.patch(settings),
         config.patch(compile_fx.get_cpp_wrapper_config()),
+        compiler_config.patch(cache_key_tag=_cache_tag()),  # type: ignore[attr-defined]
         # Compiling draws no numbers. Another thread may do so meanwhile, and would draw them again.
         unittest.mock.patch.object(dynamo_utils, "preserve_rng_state", contextlib.nullcontext),
         # Constants are arguments of the code. With their addresses in its comments, the library
         # on disk would serve no other process.
         unittest.mock.patch.object(CppWrapperCpu, "write_constant", lambda *_args: None),
         unittest.mock.patch.object(SchedulerNode, "recompute_size_and_body", _recompute_loops),
+        unittest.mock.patch.object(CppWrapperCpu, _BOXED, _call_boxed),
+        _exact.patched(),
     ):
         yield
+
+
+_BOXED = "generate_fallback_kernel_with_runtime_lookup_boxed"
+_call_boxed_with_symbols = getattr(CppWrapperCpu, _BOXED)
+
+
+def _is_symbolic(kind: torch._C.JitType) -> bool:
+    if isinstance(kind, (torch.ListType, torch.OptionalType)):
+        return _is_symbolic(kind.getElementType())
+    return isinstance(kind, torch.SymIntType)
+
+
+@dataclasses.dataclass
+class _Argument:
+    real_type: torch._C.JitType
+
+
+@dataclasses.dataclass
+class _Schema:
+    name: str
+    overload_name: str
+    arguments: list[_Argument]
+
+
+@dataclasses.dataclass
+class _Overload:
+    """What the call of an operator is written from."""
+
+    _schema: _Schema
+
+
+def _call_boxed(wrapper: Any, overload: torch._ops.OpOverload, *rest: Any) -> None:
+    """Write a call through the dispatcher, with integers where the schema has symbolic ones.
+
+    Inductor's own hands over a list of SymInt where the schema says so, and a kernel that takes a
+    list of int refuses that.
+    """
+    schema = overload._schema
+    arguments = [
+        _Argument(a.type if _is_symbolic(a.real_type) else a.real_type) for a in schema.arguments
+    ]
+    plain = _Overload(_Schema(schema.name, schema.overload_name, arguments))
+    _call_boxed_with_symbols(wrapper, plain, *rest)
+
+
+@functools.cache
+def _cache_tag() -> str:
+    """Part of the keys of Inductor's caches on disk: code that it makes otherwise, or another
+    version of this module made, is other code of the same graph."""
+    digest = hashlib.sha256()
+    for module in (__file__, _exact.__file__):
+        digest.update(pathlib.Path(module).read_bytes())
+    return f"torch_lazy_ext {digest.hexdigest()}"
 
 
 _recompute_loops_unordered = SchedulerNode.recompute_size_and_body

@@ -1,5 +1,6 @@
 #include "compile.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/GradMode.h>
 #include <pybind11/stl.h>
@@ -63,6 +64,45 @@ Tensors ScriptProgram::run(const Tensors& inputs) {
   return outputs;
 }
 
+Attempt::Attempt(std::shared_ptr<Runnable> target, bool draws, PyObject* failed)
+    : target_(std::move(target)), draws_(draws), failed_(failed) {
+  Py_INCREF(failed_);
+}
+
+Attempt::~Attempt() {
+  py::gil_scoped_acquire gil;
+  Py_DECREF(failed_);
+}
+
+Tensors Attempt::run(const Tensors& inputs) {
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  at::Tensor drawn;
+  if (draws_) {
+    drawn = generator.get_state();
+  }
+  py::object error = py::none();
+  try {
+    return target_->run(inputs);
+  } catch (py::error_already_set& e) {
+    if (!e.matches(PyExc_Exception)) {
+      throw;
+    }
+    error = e.value();
+  } catch (const NotFinite&) {
+    // Python raises for such a number, unless it came of others that are not finite: the graph
+    // knows.
+  } catch (const std::exception& e) {
+    const auto* known = dynamic_cast<const c10::Error*>(&e);
+    error =
+        py::module_::import("builtins")
+            .attr("RuntimeError")(known == nullptr ? e.what() : known->what_without_backtrace());
+  }
+  if (draws_) {
+    generator.set_state(drawn);
+  }
+  return tensors_of(py::handle(failed_)(list_of(inputs), error));
+}
+
 std::shared_ptr<Runnable> Switch::target() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return target_;
@@ -112,6 +152,9 @@ Tensors NativeProgram::run(const Tensors& inputs) {
     }
     c10::SmallVector<AtenTensorOpaque*, 16> results(num_outputs_, nullptr);
     entry_(handles.data(), results.data());
+    if (PyErr_Occurred() != nullptr) {
+      throw py::error_already_set(); // the outputs are not there
+    }
     for (AtenTensorOpaque* handle : results) {
       made.push_back(*reinterpret_cast<at::Tensor*>(handle));
     }
@@ -121,9 +164,6 @@ Tensors NativeProgram::run(const Tensors& inputs) {
     for (AtenTensorOpaque* handle : results) {
       delete reinterpret_cast<at::Tensor*>(handle);
     }
-  }
-  if (PyErr_Occurred() != nullptr) {
-    throw py::error_already_set();
   }
   Tensors outputs;
   outputs.reserve(outputs_.size());
@@ -137,7 +177,9 @@ Tensors NativeProgram::run(const Tensors& inputs) {
         plan.view->sizes, plan.view->strides, base.storage_offset() + plan.view->offset));
   }
   if (last_is_check_) {
-    TORCH_CHECK(outputs.back().item<bool>(), "a number of the graph is not finite");
+    if (!outputs.back().item<bool>()) {
+      throw NotFinite();
+    }
     outputs.pop_back();
   }
   return outputs;
@@ -196,6 +238,11 @@ void bind_compile(py::module_& m) {
       .def("run", &Runnable::run, "The graph's outputs for these inputs.");
   py::class_<ScriptProgram, Runnable, std::shared_ptr<ScriptProgram>>(m, "ScriptProgram")
       .def(py::init<std::shared_ptr<torch::jit::Graph>>());
+  py::register_exception<NotFinite>(m, "NotFinite", PyExc_ArithmeticError);
+  py::class_<Attempt, Runnable, std::shared_ptr<Attempt>>(m, "Attempt")
+      .def(py::init([](std::shared_ptr<Runnable> target, bool draws, const py::function& failed) {
+        return std::make_shared<Attempt>(std::move(target), draws, failed.ptr());
+      }));
   py::class_<Switch, Runnable, std::shared_ptr<Switch>>(m, "Switch")
       .def(py::init<std::shared_ptr<Runnable>>())
       .def_property("target", &Switch::target, &Switch::set_target);

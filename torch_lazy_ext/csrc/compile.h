@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,29 @@ class ScriptProgram : public Runnable {
 
  private:
   Program program_;
+};
+
+// A number that Python would have raised for: what native code gave is not to be used.
+struct NotFinite : std::runtime_error {
+  NotFinite() : std::runtime_error("a number of the graph is not finite") {}
+};
+
+// What a backend made of a graph. An error of that decides nothing about the program: the graph
+// itself answers then.
+class Attempt : public Runnable {
+ public:
+  // Args:
+  //   draws: random numbers, which are put back before the graph draws them again.
+  //   failed: called with the inputs, as a list, and the error, or None for NotFinite; returns the
+  //     outputs.
+  Attempt(std::shared_ptr<Runnable> target, bool draws, PyObject* failed);
+  ~Attempt() override;
+  Tensors run(const Tensors& inputs) override;
+
+ private:
+  std::shared_ptr<Runnable> target_;
+  bool draws_;
+  PyObject* failed_;
 };
 
 // Passes calls on to another one, which can be replaced between calls, from any thread.

@@ -1073,12 +1073,31 @@ bool is_not_implemented(const std::exception& e) {
   return PyErr_GivenExceptionMatches(python->type, PyExc_NotImplementedError) != 0;
 }
 
+// PyTorch's tag is for an operator, and says of all its calls what is true of some.
+bool sizes_depend_on_data(Recorder& recorder, const OperatorCall& call) {
+  if (!call.op.hasTag(at::Tag::dynamic_output_shape)) {
+    return false;
+  }
+  const std::string& name = call.op.schema().name();
+  if (name == "aten::index") { // a mask selects as many elements as are true in it
+    const std::vector<ValueRef>& indices = call.arguments[1].values;
+    return std::any_of(indices.begin(), indices.end(), [&](const ValueRef& v) {
+      const at::ScalarType dtype = v.node < 0 ? at::kLong : recorder.meta_of(v).dtype;
+      return dtype != at::kLong && dtype != at::kInt;
+    });
+  }
+  if (name == "aten::repeat_interleave") { // the sum of the repeats, unless the program names it
+    return call.arguments.back().constant.isNone();
+  }
+  return true;
+}
+
 } // namespace
 
 std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device device) {
   inference_failed_ = false;
-  if (call.op.hasTag(at::Tag::dynamic_output_shape) ||
-      call.op.hasTag(at::Tag::data_dependent_output) || is_check(call)) {
+  if (sizes_depend_on_data(*this, call) || call.op.hasTag(at::Tag::data_dependent_output) ||
+      is_check(call)) {
     return std::nullopt;
   }
   if (call.op.schema().returns().empty() &&

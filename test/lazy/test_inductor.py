@@ -1,0 +1,205 @@
+# Owner(s): ["oncall: jit"]
+
+"""What Inductor makes of a graph is what eager computes, and stays in compiled code.
+
+Values are compared with eager's exactly where they cannot depend on rounding: NaN or not, infinities,
+signs of zeros, integers.
+"""
+
+import unittest
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from oracle import check, tensors
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_lazy_ext import CompiledGraph, extract_compiled_graph
+
+
+def setUpModule() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    unittest.addModuleCleanup(torch.set_num_threads, threads)
+
+
+def check_compiled(
+    case: unittest.TestCase, program: Callable[..., Any], inputs: Any, **options: Any
+) -> CompiledGraph:
+    """`check`, and that one variant answered all calls from native code, without a warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        graph = check(lambda: program, inputs, options={"backend": "inductor"}, **options)
+    case.assertEqual([str(w.message) for w in caught if "TorchScript" in str(w.message)], [])
+    case.assertEqual([s.backend for s in graph.specializations], ["inductor"])
+    return graph
+
+
+# --- operators that the generated code calls through the dispatcher ------------------------------
+
+
+class DispatcherTest(unittest.TestCase):
+    """Operators that Inductor has no code and no C function for, with every type of argument."""
+
+    def test_lists_of_integers(self) -> None:
+        x = tensors((1, 2, 6, 6))
+
+        def program(x: Tensor) -> list[Tensor]:
+            return [
+                F.interpolate(x, size=(5, 7), mode="bicubic") + 1,
+                F.interpolate(x, size=(5, 7), mode="bicubic", antialias=True),
+                F.interpolate(x, size=(3, 4), mode="bilinear", antialias=True) * 2,
+                F.interpolate(x, scale_factor=(0.5, 2.0), mode="bicubic"),
+                F.interpolate(x, scale_factor=1.5, mode="bilinear", antialias=True),
+                F.interpolate(x[0], size=5, mode="nearest-exact"),
+                F.interpolate(x, size=[5, 3], mode="area") + x.mean(),
+            ]
+
+        check_compiled(self, program, x, exact=False)
+
+    def test_gradients_of_lists_of_integers(self) -> None:
+        for antialias in (False, True):
+
+            def program(x: Tensor, antialias: bool = antialias) -> Tensor:
+                return F.interpolate(x, size=(5, 7), mode="bicubic", antialias=antialias).sin()
+
+            with self.subTest(antialias=antialias):
+                graph = extract_compiled_graph(
+                    program, (torch.rand(1, 2, 3, 4, requires_grad=True),), backend="inductor"
+                )
+                for _ in range(3):
+                    x = torch.rand(1, 2, 3, 4, requires_grad=True)
+                    expected = torch.autograd.grad(program(x).sum(), x)
+                    torch.testing.assert_close(torch.autograd.grad(graph(x).sum(), x), expected)
+                self.assertEqual([s.hits for s in graph.specializations], [3])
+                self.assertEqual(graph.specializations[0].backend, "inductor")
+
+    def test_other_arguments(self) -> None:
+        """Numbers, booleans, dtypes, strings, optional and listed tensors, several results."""
+
+        def program(x: Tensor, y: Tensor) -> list[Any]:
+            index, values = torch.searchsorted(y.sort()[0], x, side="right"), x.logcumsumexp(1)
+            return [
+                index,
+                values,
+                torch.quantile(x, 0.5, dim=1, interpolation="lower"),
+                torch.renorm(x, 2.0, 0, 0.5),
+                *torch.frexp(x),
+                *torch.linalg.slogdet(y),
+                torch.block_diag(x, y),
+                torch.bucketize(x, torch.tensor([-0.5, 0.0, 0.5]), out_int32=True),
+                torch.nn.functional.unfold(x[None, None], (2, 2)),
+                torch.polygamma(1, x.abs() + 1),
+                torch.linalg.matrix_exp(y),
+            ]
+
+        check_compiled(self, program, tensors((4, 4), (4, 4)), exact=False)
+
+
+# --- sizes that depend on the data ---------------------------------------------------------------
+
+
+def indexed(i: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(4, 3, 5),
+        torch.randint(-3, 3, (2, 2)),
+        torch.randint(0, 3, (2,), dtype=torch.int32),
+    )
+
+
+class SizesTest(unittest.TestCase):
+    """Only operators whose sizes the data decides keep a graph from being compiled."""
+
+    def test_integer_indices(self) -> None:
+        def program(x: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
+            y = x.clone()
+            y[i, j] = 7.0
+            return [
+                x[i] * 2,
+                x[:, i] + 1,
+                x[i, j],
+                x[i, :, j],
+                x[..., j],
+                x[None, j, None],
+                x[j][:, j],
+                x.take(i),
+                y,
+            ]
+
+        graph = check_compiled(self, program, indexed)
+        self.assertEqual(graph.specializations[0].guards, [])
+
+    def test_gradients_of_integer_indices(self) -> None:
+        x, i, j = indexed(0)
+        graph = extract_compiled_graph(
+            lambda x, i, j: x[i, j] * x[j].sum(), (x.requires_grad_(), i, j), backend="inductor"
+        )
+        for n in range(3):
+            x, i, j = indexed(n)
+            x.requires_grad_()
+            expected = torch.autograd.grad((x[i, j] * x[j].sum()).sum(), x)
+            torch.testing.assert_close(torch.autograd.grad(graph(x, i, j).sum(), x), expected)
+        self.assertEqual([s.backend for s in graph.specializations], ["inductor"])
+
+    def test_repeats_of_a_named_size(self) -> None:
+        def inputs(i: int) -> tuple[Tensor, Tensor]:
+            repeats = torch.tensor([1, 2, 3]).roll(i)
+            return torch.randn(3, 2), repeats
+
+        def named(x: Tensor, repeats: Tensor) -> Tensor:
+            return torch.repeat_interleave(x, repeats, dim=0, output_size=6) * 2
+
+        check_compiled(self, named, inputs)
+        check_compiled(self, lambda x, _repeats: x.repeat_interleave(2, dim=0) + 1, inputs)
+
+    def test_of_the_data(self) -> None:
+        """A mask, a count, the distinct values: these stay on TorchScript, and are captured anew
+        where the size is another one."""
+
+        def inputs(i: int) -> tuple[Tensor]:
+            return (torch.tensor([0, 1, 1, 3 + i // 3]),)
+
+        for name, program in {
+            "mask": lambda x: x[x > 0],
+            "byte": lambda x: x[(x > 0).to(torch.uint8)],
+            "mask_and_index": lambda x: x[None][torch.tensor([0]), x > 0],
+            "nonzero": lambda x: x.nonzero(),
+            "masked_select": lambda x: x.masked_select(x > 0),
+            "unique": lambda x: x.unique(),
+            "unique_consecutive": lambda x: x.unique_consecutive(),
+            "repeat_interleave": lambda x: x.repeat_interleave(x),
+            "bincount": lambda x: x.bincount(),
+        }.items():
+            with self.subTest(name), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                check(
+                    lambda program=program: program,
+                    inputs,
+                    captures=2,
+                    options={"backend": "inductor"},
+                )
+                (reason,) = [str(w.message) for w in caught if "TorchScript" in str(w.message)]
+                self.assertIn("sizes that depend on the data", reason)
+
+    def test_an_index_that_is_too_large(self) -> None:
+        """Eager's error, at the call and at the extraction; a program may catch it."""
+
+        def caught(x: Tensor, i: Tensor) -> Tensor:
+            try:
+                return x[i] + 1
+            except IndexError:
+                return x - 1
+
+        def inputs(i: int) -> tuple[Tensor, Tensor]:
+            return torch.randn(3, 2), torch.tensor([0, 9 if i in (0, 2) else 1])
+
+        check(lambda: lambda x, i: x[i] + 1, inputs, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check(lambda: caught, inputs, 4, captures=None)
+
+
+if __name__ == "__main__":
+    unittest.main()
