@@ -24,7 +24,6 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx, config, freezing_utils
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.constant_folding import constant_fold, replace_node_with_constant
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
 from torch._inductor.freezing import convert_conv_weights_to_channels_last
 from torch._inductor.fx_passes.freezing_patterns import freezing_passes
@@ -242,8 +241,9 @@ def _decomposed(module: fx.GraphModule, owners: list[fx.Node]) -> fx.GraphModule
     # The mode also for what has no operand: a factory would make, or draw, real numbers.
     with torch.fx.traceback.preserve_node_meta(), V.fake_mode:
         functional = torch.func.functionalize(run, remove="mutations")
-        decomposed = make_fx(functional, decomposition_table=select_decomp_table())(*fakes)
-    compile_fx._recursive_joint_graph_passes(decomposed, input_device=torch.device("cpu"))
+        decomposed = make_fx(functional, decomposition_table=_exact.decompositions())(*fakes)
+    with config.patch(_exact.EARLY_SETTINGS):
+        compile_fx._recursive_joint_graph_passes(decomposed, input_device=torch.device("cpu"))
     return decomposed
 
 

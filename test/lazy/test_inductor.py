@@ -201,5 +201,132 @@ class SizesTest(unittest.TestCase):
             check(lambda: caught, inputs, 4, captures=None)
 
 
+# --- what must never differ ----------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+SPECIAL = [0.0, -0.0, 1e-40, -1e-40, 1e-5, -0.5, 0.7, 1.0, -3.0, 3e38, -3e38, INF, -INF, NAN]
+
+
+def special_pairs(size: int, dtype: torch.dtype = torch.float32) -> Callable[[int], Any]:
+    """Two tensors, which over the calls hold each pair of special values, in vectors and tails."""
+
+    def inputs(i: int) -> tuple[Tensor, Tensor]:
+        values = torch.tensor(SPECIAL).to(dtype)
+        pairs = torch.cartesian_prod(values, values).roll(7 * i, 0)
+        return pairs[:size, 0].clone(), pairs[:size, 1].clone()
+
+    return inputs
+
+
+def semantics(t: Tensor) -> Tensor:
+    """What rounding does not change: NaN or not, the infinities, zero or not, and signs."""
+    if not t.is_floating_point():
+        return t
+    kind = t.isnan() * 8 + t.isinf() * 4 + (t == 0) * 2
+    return torch.where(t.isnan(), kind, kind + t.signbit())
+
+
+SIZES = (1, 7, 16, 33, len(SPECIAL) ** 2)
+
+# Operators whose own code, decomposition or optimization differed from eager, and some beside them.
+POINTWISE: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "times_zero": lambda x, y: x * 0 + 1,
+    "times_zero_int": lambda x, y: torch.zeros_like(x, dtype=torch.int32) * x,
+    "plus_zero": lambda x, y: x + 0.0,
+    "plus_negative_zero": lambda x, y: x + -0.0,
+    "minus_zero": lambda x, y: x - 0,
+    "divided_by_one": lambda x, y: x / 1,
+    "minus_itself": lambda x, y: x - x,
+    "divided_by_itself": lambda x, y: x / x,
+    "negative_difference": lambda x, y: -(x - y),
+    "difference_from_zero": lambda x, y: 0.0 - x,
+    "neg": lambda x, y: -x,
+    "to_the_zero": lambda x, y: x**0,
+    "pow": lambda x, y: [x**2, x**3, x**0.5, x**-0.5, x**-1, x**1, x**-2, 2**x, x**y],
+    "copysign": lambda x, y: torch.copysign(x, x * 0),
+    "sign": lambda x, y: [torch.sign(x), torch.sgn(x), torch.signbit(x * 0), 1 / torch.sign(x)],
+    "minimum": lambda x, y: [torch.minimum(x, y), torch.minimum(x * 0, -x * 0)],
+    "maximum": lambda x, y: [torch.maximum(x, y), torch.maximum(-x * 0, x * 0)],
+    "fmin": lambda x, y: [torch.fmin(x, y), torch.fmax(x, y)],
+    "clamp": lambda x, y: [
+        x.clamp(0, 1),
+        x.clamp(-0.0, 1),
+        x.clamp(min=0),
+        x.clamp(max=-0.0),
+        x.clamp_min(0.0),
+        x.clamp_max(0.0),
+        x.clamp(-INF, INF),
+        x.clamp(2, 1),
+        x.clamp(min=NAN),
+        x.clamp(y, -y),
+        x.clamp(min=y),
+    ],
+    "relu": lambda x, y: [F.relu(x), F.relu6(x), F.hardtanh(x), F.threshold(x, 0, -0.0)],
+    "leaky": lambda x, y: [F.leaky_relu(x), F.elu(x), F.celu(x), F.selu(x), F.softshrink(x)],
+    "gelu": lambda x, y: [F.gelu(x), F.gelu(x, approximate="tanh"), F.silu(x), F.mish(x)],
+    "hard": lambda x, y: [F.hardswish(x), F.hardsigmoid(x), F.hardshrink(x), F.softsign(x)],
+    "sigmoid": lambda x, y: [torch.sigmoid(x), torch.tanh(x), F.logsigmoid(x), F.softplus(x)],
+    "exponentials": lambda x, y: [x.exp(), x.expm1(), x.exp2(), x.log(), x.log1p(), x.log2()],
+    "hyperbolic": lambda x, y: [x.sinh(), x.asinh(), x.atanh(), x.acosh(), x.atan(), x.asin()],
+    "floor_divide": lambda x, y: [
+        torch.floor_divide(x, 0.7),
+        torch.floor_divide(x, y),
+        torch.div(x, y, rounding_mode="trunc"),
+        x // -0.5,
+    ],
+    "remainder": lambda x, y: [x % y, x % 0.7, torch.fmod(x, y), torch.fmod(x, -2.0), 3.0 % x],
+    "round": lambda x, y: [x.round(), x.floor(), x.ceil(), x.trunc(), x.frac()],
+    "quotients": lambda x, y: [x / y, 1 / x, x.reciprocal(), x.rsqrt(), x.sqrt(), y / 0.0],
+    "lerp": lambda x, y: [torch.lerp(x, y, 0.3), torch.lerp(x, y, 1.0), torch.lerp(x, y, x)],
+    "addcmul": lambda x, y: [torch.addcmul(x, y, x, value=0.5), torch.addcdiv(x, y, x, value=2)],
+    "logarithms": lambda x, y: [
+        torch.logaddexp(x, y),
+        torch.logaddexp2(x, y),
+        torch.xlogy(x, y),
+        torch.special.xlog1py(x, y),
+        torch.logit(x, 0.1),
+    ],
+    "comparisons": lambda x, y: [x < y, x == y, x.isnan(), x.isinf(), torch.isclose(x, y)],
+    "where": lambda x, y: [torch.where(x > y, x, y), x.nan_to_num(), torch.heaviside(x, y)],
+    "hypot": lambda x, y: [torch.hypot(x, y), torch.atan2(x, y), torch.nextafter(x, y)],
+}
+
+
+class SemanticsTest(unittest.TestCase):
+    """All of POINTWISE in one graph for each size and dtype."""
+
+    def check(self, size: int, dtype: torch.dtype) -> None:
+        names = [n for n in POINTWISE if dtype is torch.float32 or n not in ("hypot",)]
+
+        def program(x: Tensor, y: Tensor) -> list[list[Tensor]]:
+            results = [POINTWISE[name](x, y) for name in names]
+            return [r if isinstance(r, list) else [r] for r in results]
+
+        inputs = special_pairs(size, dtype)
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            graph = extract_compiled_graph(program, inputs(0), backend="inductor")
+            for i in range(4):
+                x, y = inputs(i)
+                for name, eager, ours in zip(names, program(x, y), graph(x, y)):
+                    for k, (e, o) in enumerate(zip(eager, ours)):
+                        self.assertEqual(e.dtype, o.dtype)
+                        same = semantics(e) == semantics(o)
+                        where = (~same).nonzero().flatten()[:5]
+                        self.assertTrue(
+                            bool(same.all()),
+                            f"{name} {k}, size {size}: {x[where]}, {y[where]}: {e[where]} / "
+                            f"{o[where]}",
+                        )
+        self.assertEqual([str(w.message) for w in caught if "TorchScript" in str(w.message)], [])
+        self.assertEqual([s.backend for s in graph.specializations], ["inductor"])
+
+    def test_vectors(self) -> None:
+        self.check(SIZES[-1], torch.float32)
+
+    def test_few(self) -> None:
+        self.check(7, torch.float32)
+
+
 if __name__ == "__main__":
     unittest.main()
