@@ -475,6 +475,27 @@ INDUCTOR: tuple[Entry, ...] = tuple(
             "(self, name, hashed)",
         ),
         (
+            "torch._inductor.codegen.cpp_wrapper_cpu.CppWrapperCpu",
+            "generate_fallback_kernel_with_runtime_lookup_boxed",
+            "function",
+            "replaced: lists of integers where the schema has symbolic ones",
+            "(self, op_overload, raw_args, output_args, raw_outputs)",
+        ),
+        (
+            "torch._inductor.cpp_builder",
+            "_get_ffast_math_flags",
+            "function",
+            "replaced: flags of the compiler that are not exact",
+            "()",
+        ),
+        (
+            "torch._inductor.lowering",
+            "fallback_handler",
+            "function",
+            "called: operators that keep eager's kernel",
+            "(kernel, add_to_fallback_set=)",
+        ),
+        (
             "torch._inductor.constant_folding",
             "constant_fold",
             "function",
