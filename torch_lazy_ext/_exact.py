@@ -15,21 +15,13 @@ from typing import Any
 
 import torch
 from torch._decomp.decompositions import pw_cast_for_opmath
-from torch._inductor import config, cpp_builder, ir, lowering
+from torch._inductor import config, ir, lowering
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V, ops
 
 aten = torch.ops.aten
 Overload = torch._ops.OpOverload
-
-# Flags of the compiler -> what they allow it.
-_FLAGS = {
-    "fno-signed-zeros": "x + 0.0 becomes x, and -(a - b) becomes b - a",
-    "funsafe-math-optimizations": "sums in another order; an old linker's start-up code that "
-    "flushes the denormals of the whole process",
-    "ffinite-math-only": "comparisons with NaN left out",
-}
 
 # Settings of Inductor -> why.
 SETTINGS: dict[str, Any] = {
@@ -71,6 +63,7 @@ KERNELS = {
     "floor_divide": "-1.0 or NaN beside an infinite or a large quotient",
     "fmax": "the other one of two zeros",
     "fmin": "the other one of two zeros",
+    "fmod": "NaN, by place in the tensor, where the quotient is large",
     "gelu": "an infinity where eager's kernel has NaN, or the reverse, by processor",
     "gelu_backward": "an infinity where eager's kernel has NaN, or the reverse, by processor",
     "hardswish_backward": "a number where the operand is NaN",
@@ -84,6 +77,7 @@ KERNELS = {
     "mv": "another zero of a sum",
     "native_group_norm": "an infinity where eager has NaN",
     "native_group_norm_backward": "another zero of a sum",
+    "native_layer_norm_backward": "another zero of a sum of one number",
     "remainder": "NaN beside infinities, and zeros of the other sign",
     "soft_margin_loss_backward": "few digits of small numbers",
     "softshrink": "zeros of the other sign",
@@ -314,17 +308,9 @@ def patched() -> Iterator[None]:
     _own_lowerings()  # before the tables are in their place
     with (
         config.patch(SETTINGS),
-        unittest.mock.patch.object(cpp_builder, "_get_ffast_math_flags", _flags),
         unittest.mock.patch.dict(lowering.lowerings, _lowerings()),
         unittest.mock.patch.object(ir.Reduction, "create", classmethod(_create_sum)),
         # The operator exists in the dispatcher, which is all that calls it: nobody needs to know.
         unittest.mock.patch.object(ir.log, "warning", lambda *_args: None),
     ):
         yield
-
-
-_fast_flags = cpp_builder._get_ffast_math_flags
-
-
-def _flags() -> list[str]:
-    return [flag for flag in _fast_flags() if flag not in _FLAGS]

@@ -482,13 +482,6 @@ INDUCTOR: tuple[Entry, ...] = tuple(
             "(self, op_overload, raw_args, output_args, raw_outputs)",
         ),
         (
-            "torch._inductor.cpp_builder",
-            "_get_ffast_math_flags",
-            "function",
-            "replaced: flags of the compiler that are not exact",
-            "()",
-        ),
-        (
             "torch._inductor.lowering",
             "fallback_handler",
             "function",
