@@ -40,6 +40,30 @@ struct Watchers {
   }
 };
 
+// An object and its `__dict__` may share the values, and then a store to an attribute tells no
+// watcher. Takes them apart, as `popitem` does: the dictionary has its items, in their order, for
+// itself. Returns whether it has.
+static bool has_own_values(PyObject* dict) {
+  auto is_shared = [&] { return reinterpret_cast<PyDictObject*>(dict)->ma_values != nullptr; };
+  if (!is_shared()) {
+    return true;
+  }
+  if (PyDict_GET_SIZE(dict) == 0) {
+    // A key that no attribute has takes them apart, too.
+    if (PyDict_SetItem(dict, Py_None, Py_None) != 0 || PyDict_DelItem(dict, Py_None) != 0) {
+      PyErr_Clear();
+    }
+    return !is_shared();
+  }
+  PyObject* item = PyObject_CallMethod(dict, "popitem", nullptr);
+  if (item == nullptr ||
+      PyDict_SetItem(dict, PyTuple_GET_ITEM(item, 0), PyTuple_GET_ITEM(item, 1)) != 0) {
+    PyErr_Clear();
+  }
+  Py_XDECREF(item);
+  return !is_shared();
+}
+
 DictClock::DictClock(PyObject* dict) : watched_(nullptr) {
   Watchers& watchers = Watchers::instance();
   if (watchers.id < 0) {
@@ -49,7 +73,7 @@ DictClock::DictClock(PyObject* dict) : watched_(nullptr) {
   if (found != watchers.watched.end()) {
     watched_ = found->second;
   } else {
-    if (PyDict_Watch(watchers.id, dict) != 0) {
+    if (!has_own_values(dict) || PyDict_Watch(watchers.id, dict) != 0) {
       PyErr_Clear();
       return;
     }
