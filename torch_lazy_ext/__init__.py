@@ -13,6 +13,8 @@ try:
     from torch_lazy_ext import _C as _C
 except ImportError as e:
     raise ImportError(_built_for.missing_extension(str(e))) from e
+if (_refusal := _built_for.without_lock()) is not None:
+    raise ImportError(_refusal)
 
 with warnings.catch_warnings():
     # Meta kernels in Python import it when they first run, and it changes the warnings' filters:

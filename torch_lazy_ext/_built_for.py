@@ -39,6 +39,20 @@ def refusal(version: str) -> str | None:
     )
 
 
+def without_lock() -> str | None:
+    """What to say where threads of Python run at once; None where they do not.
+
+    In a free-threaded build of Python the import of the extension turns the interpreter's lock on,
+    and all holds that holds elsewhere, unless the user has asked for it to stay off.
+    """
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        return None
+    return (
+        "torch_lazy_ext needs the lock of the interpreter (the GIL), which this free-threaded "
+        "Python keeps off: start it without PYTHON_GIL=0 and -X gil=0"
+    )
+
+
 def missing_extension(error: str) -> str:
     """What to say where the extension cannot be imported: what hides it, or how to build it.
 
