@@ -18,7 +18,6 @@ import torch
 from torch_lazy_ext import _C, _lift, _made, _tree
 from torch_lazy_ext._autograd import grad_of, set_grad
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
-from torch_lazy_ext._moving import Moving
 from torch_lazy_ext._number import Number
 from torch_lazy_ext._record import Recording, SharedStorage, check_plain
 
@@ -1280,6 +1279,7 @@ class _Sources:
         self.state = state
         self.roots = roots
         self._made = recording.made
+        self._moving = recording.moving
         self.arguments = {id(c): i for i, c in enumerate(recording.containers)}
         self._generators = recording.generators
         self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
@@ -1344,7 +1344,7 @@ class _Sources:
     def of(self, value: Any) -> Source:
         if type(value) in _tree.SIMPLE_TYPES:
             return Constant(value)
-        value = Moving.real(value)
+        value = self._moving.real(value)
         known = self._known.get(id(value))
         if known is not None:
             return known[1]

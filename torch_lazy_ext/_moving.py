@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import pickle
 import random
 import sys
@@ -63,6 +64,116 @@ _RANDOM: tuple[tuple[str, str, Callable[[Any], Any], Any, Callable[[Any], Any]],
         pickle.dumps,
     ),
 )
+
+
+# Functions that give something else at each call: module, name, what a call of them is called.
+# They are replaced where they stand, and where the program's state holds them.
+_CLOCK = "reads the clock"
+_FUNCTIONS = (
+    *(("time", name, _CLOCK) for name in ("time", "perf_counter", "monotonic", "process_time")),
+    *(("time", f"{name}_ns", _CLOCK) for name in ("time", "perf_counter", "monotonic")),
+    ("os", "urandom", "draws from the system's random numbers"),
+    ("random", "_urandom", "draws from the system's random numbers"),  # and the module `secrets`
+    ("uuid", "_generate_time_safe", "makes a UUID of the time"),
+    ("builtins", "input", "reads what is typed"),
+    ("builtins", "open", "opens a file"),
+    ("io", "open", "opens a file"),  # and the module `pathlib`
+    ("torch", "load", "reads a file"),
+    ("random", "Random.seed", "takes a seed from the system"),  # without an argument
+)
+# Classes with class methods that read the clock.
+_CLOCKS = (("datetime", "datetime", ("now", "utcnow", "today")), ("datetime", "date", ("today",)))
+# Whoever these read the clock, a file or the like for, it is not for the program's result.
+_LIBRARIES = (
+    *("torch", "logging", "warnings", "linecache", "traceback", "tokenize", "inspect"),
+    *("importlib", "_frozen_importlib", "_frozen_importlib_external", "threading", "concurrent"),
+)
+
+
+def functions() -> Iterator[tuple[Any, str, str]]:
+    """The owner, the name and the description of each function of the table."""
+    for module, names, what in _FUNCTIONS:
+        *path, name = names.split(".")
+        owner = functools.reduce(getattr, path, importlib.import_module(module))
+        if hasattr(owner, name):
+            yield owner, name, what
+
+
+def clocks(replace: Callable[[Any, str], Any]) -> Iterator[tuple[Any, str, type]]:
+    """The module, the name and the stand-in of each class that reads the clock.
+
+    Args:
+        replace: makes what is called instead of a method, from this and its description.
+    """
+    for module, name, methods in _CLOCKS:
+        owner = importlib.import_module(module)
+        original = getattr(owner, name)
+        named = {m: staticmethod(replace(getattr(original, m), _CLOCK)) for m in methods}
+        yield owner, name, _MakesOriginals(name, (original,), named)
+
+
+class _MakesOriginals(type):
+    """Of a subclass that is its base to everybody: only its class methods are other ones."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.__base__(*args, **kwargs)  # type: ignore[misc] # there is one
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.__base__ or object)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.__base__ or object)
+
+
+_SEED = random.Random.seed
+
+
+def _asking_line() -> str | None:
+    """The line of the program that a call is for; None when a library does it for itself."""
+    frame: types.FrameType | None = sys._getframe(1)
+    own = True
+    while frame is not None:
+        root = frame.f_globals.get("__name__", "").partition(".")[0]
+        own = own and root == "torch_lazy_ext"
+        if not own:
+            if root in _LIBRARIES or root == "torch_lazy_ext":
+                return None
+            if root not in sys.stdlib_module_names and root != "numpy":
+                return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+class Moment:
+    """What a clock says, while a program is captured: it may be subtracted, and forgotten."""
+
+    __slots__ = ("_refusal",)
+
+    def __init__(self, refusal: Callable[[], UnsupportedError]) -> None:
+        self._refusal = refusal
+
+    @property  # type: ignore[misc] # for isinstance
+    def __class__(self) -> type:
+        return float
+
+    def refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise self._refusal()
+
+    def _another(self, other: Any) -> Moment:
+        return self if type(other) in (Moment, int, float) else self.refuse()
+
+    def __neg__(self) -> Moment:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _another
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __bool__ = __hash__ = refuse
+    __float__ = __int__ = __index__ = __round__ = __trunc__ = __floor__ = __ceil__ = refuse
+    __abs__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __pow__ = refuse
+    __rtruediv__ = __rpow__ = __rdivmod__ = __str__ = __repr__ = __format__ = refuse
+    __copy__ = __deepcopy__ = __reduce_ex__ = refuse
+
+    def __getattr__(self, name: str) -> Any:
+        self.refuse()
 
 
 def _class(module: str, name: str) -> type | tuple[()]:
@@ -172,10 +283,19 @@ class Moving:
 
     Args:
         refusal: makes the error, which the capture then fails with in any case.
+        replaced: id of a function or class -> this, and what asks `call` in its place.
+
+    Attributes:
+        clock: the error for a program that uses a time in a way that none could foresee.
     """
 
-    def __init__(self, refusal: Callable[[str], UnsupportedError]) -> None:
+    def __init__(
+        self, refusal: Callable[[str], UnsupportedError], replaced: dict[int, tuple[Any, Any]]
+    ) -> None:
         self.refusal = refusal
+        self._replaced = replaced
+        self._originals = {id(new): original for original, new in replaced.values()}
+        self.clock = ""  # why the program may not use the time that it asked for
         self._stand_ins: dict[int, StandIn] = {}  # id of what they stand for ->
         self._kinds: dict[type, bool] = {}
         self._random: dict[int, _Random] = {}
@@ -192,6 +312,8 @@ class Moving:
     def given(self, value: Any, name: str = "an argument") -> Any:
         """What the program sees of a value that was there before it."""
         cls = type(value)
+        if id(value) in self._replaced:
+            return self._replaced[id(value)][1]
         if cls is tuple or (hasattr(cls, "_fields") and isinstance(value, tuple)):
             items = list(tuple.__iter__(value))
             made = [self.given(item, f"{name}.{i}") for i, item in enumerate(items)]
@@ -250,12 +372,28 @@ class Moving:
             function.__defaults__ = made
             undo.callback(setattr, function, "__defaults__", defaults)
 
-    @staticmethod
-    def real(value: Any) -> Any:
-        """What a stand-in stands for, also in a tuple that was made for it."""
+    def real(self, value: Any) -> Any:
+        """What a stand-in stands for; anything else itself."""
         if type(value) is StandIn:
             return value._value
-        return value
+        if type(value) is Moment:
+            value.refuse()
+        return self._originals.get(id(value), value)
+
+    def call(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of a function of the table, by the program or by a library."""
+        line = _asking_line()
+        seeds = [*args[1:], *kwargs.values()]
+        if line is None or (function is _SEED and seeds and seeds[0] is not None):
+            return function(*args, **kwargs)
+        message = (
+            f"the program {what} (`{function.__name__}`, at {line}), which gives something else at "
+            "each call, and a replay would not ask again: ask before the call, and pass the answer"
+        )
+        if what is _CLOCK:
+            self.clock = message
+            return Moment(functools.partial(self.refusal, message))
+        raise self.refusal(message)
 
     def put_back(self) -> list[str]:
         """Put the random generators back; the names of those that the program has moved."""

@@ -83,7 +83,7 @@ class Capture:
         self._furthest = 0  # how many were drawn before the state was put back
         self.generators = _generators.Generators(recorder)
         self._resumed = False
-        self.moving = _moving.Moving(self.refusal)
+        self.moving = _moving.Moving(self.refusal, _ASKED)
         self.arrays = Arrays()
         self.foreign: set[int] = set()  # ids of arrays that were there before the program
         self.borrowed: list[torch.Tensor] = []  # tensors over the memory of these
@@ -762,6 +762,27 @@ def _function(original: Any, handler: Callable[..., Any]) -> Any:
     return function
 
 
+def _asked(original: Any, what: str) -> Any:
+    """Instead of a function that gives something else at each call."""
+
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        capture = getattr(_running, "capture", None)
+        if capture is None:
+            return original(*args, **kwargs)
+        return capture.moving.call(what, original, *args, **kwargs)
+
+    return function
+
+
+# Where it stands, under what name, and what stands in its place.
+_MOVING: list[tuple[Any, str, Any, Any]] = [
+    (owner, name, vars(owner)[name], _asked(vars(owner)[name], what))
+    for owner, name, what in _moving.functions()
+] + [(owner, name, vars(owner)[name], new) for owner, name, new in _moving.clocks(_asked)]
+_ASKED = {id(original): (original, new) for _owner, _name, original, new in _MOVING}
+
+
 class _MakesGenerators(type(torch._C.Generator)):  # type: ignore[misc]
     def __call__(cls, *args: Any, **kwargs: Any) -> torch.Generator:
         capture: Capture | None = getattr(_running, "capture", None)
@@ -805,6 +826,8 @@ def _install() -> None:
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
         replace(torch, name, function)
+    for owner, name, _original, new in _MOVING:
+        replace(owner, name, new)
     replace(torch, "Generator", _Generator)
     replace(torch, "__getattr__", _attribute(torch.__getattr__))
     replace(torch, "default_generator", None)
@@ -912,6 +935,7 @@ class Recording:
         recorder: the nodes, the lifted tensors and the guards.
         result: what the program returned.
         generators: what the program was given or made.
+        moving: what moves, and was there before the program.
         containers: the containers of the arguments as the program saw them.
         refilled: position in `containers` -> the container, for those the program changed.
         changes: what the program did to its state; taken back already.
@@ -935,6 +959,7 @@ class Recording:
         self._capture = capture
         self._state = state
         self.generators = capture.generators
+        self.moving = capture.moving
         self.result: Any = None
         self.containers: list[Any] = []
         self.refilled: dict[int, Any] = {}
@@ -1084,6 +1109,8 @@ def _record(
         recorder.release()
         if shared_writes:
             raise SharedStorage(shared_writes) from None
+        if isinstance(error, TypeError) and capture.moving.clock:
+            recorder.refusal = capture.moving.clock
         if not isinstance(error, UnsupportedError):
             _check_refusal(recorder)
         raise

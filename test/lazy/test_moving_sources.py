@@ -6,15 +6,27 @@ They give something else at each use. A replay must do so as well, or the captur
 capture must not have used them.
 """
 
+import contextlib
+import datetime
 import functools
 import io
 import itertools
+import logging
+import os
+import pathlib
 import queue
 import random
+import secrets
 import socket
 import sys
+import time
 import unittest
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
+from datetime import date
+from os import urandom
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -170,9 +182,7 @@ def places(source: Any, use: Callable[[Any], Any]) -> dict[str, tuple[Any, tuple
         "default for a keyword": (from_keyword(source, use), (X,)),
         "partial": (functools.partial(lambda s, x: x + use(s), source), (X,)),
         "keyword of a partial": (functools.partial(lambda x, s: x + use(s), s=source), (X,)),
-        "partial in a closure": (
-            lambda x, p=functools.partial(use, source): x + p(), (X,)
-        ),
+        "partial in a closure": ((lambda p: lambda x: x + p())(functools.partial(use, source)), (X,)),
     }  # fmt: skip
 
 
@@ -225,7 +235,7 @@ class MovingSourceTest(unittest.TestCase):
         uses = {
             "list": lambda: len(list(source)),
             "sum": lambda: sum(source),
-            "zip": lambda: [a + b for a, b in zip(source, [1.0])][0],
+            "zip": lambda: sum(a + b for a, b in zip(source, [1.0])),
             "in": lambda: 2.0 in source,
             "unpacked": lambda: [*source][0],
             "islice": lambda: next(itertools.islice(source, 1, 2)),
@@ -323,6 +333,124 @@ class StandInTest(unittest.TestCase):
     def test_printed_to(self):
         stream = sys.stderr
         check(lambda: lambda x: x + (stream.write("") or 0) + stream.writable(), tensors((2,)))
+
+
+# ------------------------------------------------------------------- asked for at each call
+
+ROOT = pathlib.Path(__file__)
+log = logging.getLogger("torch_lazy_ext_test_moving_sources")
+
+# name -> a program that depends on what it is told, what the refusal says.
+ASKED: dict[str, tuple[Callable[..., Any], str]] = {
+    "product": (lambda x: x * time.time(), "clock .`time`"),
+    "reference": (lambda x: x * perf_counter(), "clock .`perf_counter`"),
+    "difference": (lambda x: x * (time.monotonic() - perf_counter()), "clock"),
+    "branch": (lambda x: x if perf_counter() - perf_counter() > 1 else x + 1, "clock"),
+    "operator": (lambda x: torch.add(x, time.time()), "clock"),
+    "tensor": (lambda x: x + torch.tensor(time.process_time()), "clock"),
+    "nanoseconds": (lambda x: x + time.time_ns() % 7, "clock .`time_ns`"),
+    "int": (lambda x: x + int(time.time()), "clock"),
+    "text": (lambda x: {f"{time.time():.1f}": x}, "clock"),
+    "key": (lambda x: {time.time(): x}, "clock"),
+    "result": (lambda x: (x, time.time()), "clock"),
+    "attribute": (lambda x: setattr(kept, "value", time.time()), "clock"),
+    "datetime": (lambda x: x + datetime.datetime.now().second, "clock .`now`"),
+    "datetime reference": (lambda x: x + date.today().day, "clock .`today`"),
+    "urandom": (lambda x: x + os.urandom(1)[0], "system's random numbers"),
+    "urandom reference": (lambda x: x + urandom(1)[0], "system's random numbers"),
+    "uuid4": (lambda x: x + uuid.uuid4().int % 5, "system's random numbers"),
+    "uuid1": (lambda x: x + uuid.uuid1().int % 5, "UUID of the time"),
+    "secrets": (lambda x: x + secrets.randbelow(9), "system's random numbers"),
+    "SystemRandom": (lambda x: x + random.SystemRandom().random(), "system's random numbers"),
+    "Random": (lambda x: x + random.Random().random(), "a seed from the system"),
+    "Random.seed": (lambda x: x + seeded_again(random.Random(3)), "a seed from the system"),
+    "open": (lambda x: x + len(open(ROOT).read()), "opens a file"),
+    "pathlib": (lambda x: x + len(ROOT.read_text()), "opens a file"),
+    "torch.load": (lambda x: x + torch.load(str(ROOT)), "reads a file"),
+    "input": (lambda x: x + int(input()), "reads what is typed"),
+}  # fmt: skip
+if numpy is not None:
+    ASKED["default_rng"] = (
+        lambda x: x + float(numpy.random.default_rng().random()), "system's random numbers"
+    )  # fmt: skip
+    ASKED["numpy.load"] = (lambda x: x + numpy.load(ROOT), "opens a file")
+
+
+def seeded_again(generator):
+    generator.seed()
+    return generator.random()
+
+
+kept = Plain(None)
+
+
+def timed(x):
+    begin = time.time(), perf_counter()
+    y = x + 1
+    elapsed = (time.time() - begin[0]) * 1000 + (perf_counter() - begin[1])
+    return y * 2 if elapsed is not None and isinstance(elapsed, float) else y
+
+
+def warned(x):
+    log.info("computes")
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        warnings.warn("computes", stacklevel=2)
+    return x + 1
+
+
+def of_a_date(x):
+    day = datetime.datetime(2020, 1, 2) - datetime.datetime(2020, 1, 1)
+    return x + day.days + isinstance(date(2020, 1, 1), datetime.date)
+
+
+class AskedTest(unittest.TestCase):
+    def test_refused(self):
+        for name, (program, what) in ASKED.items():
+            with self.subTest(name):
+                _graph, error = extract_untouched(program, Call(X))
+                self.assertIsInstance(error, UnsupportedError)
+                self.assertRegex(str(error), f"the program .*{what}.*, at .*{ROOT.name}:[0-9]+")
+        self.assertEqual(vars(kept), {"source": None})
+
+    def test_program_that_catches_the_refusal(self):
+        def program(x):
+            try:
+                return x * time.time()
+            except Exception:
+                return x
+
+        _graph, error = extract_untouched(program, Call(X))
+        self.assertRegex(str(error), "reads the clock")
+
+    # Not for the result: taken and forgotten, or by a library for itself.
+    test_timed = makefunctiontest(timed, tensors((2,)))
+    test_warned = makefunctiontest(warned, tensors((2,)))
+    test_date_of_numbers = makefunctiontest(of_a_date, tensors((2,)))
+    test_seeded = makefunctiontest(lambda x: x + random.Random(x=3).random(), tensors((2,)))
+
+    def test_functions_are_back(self):
+        before = (
+            time.time,
+            os.urandom,
+            open,
+            input,
+            io.open,
+            datetime.datetime,
+            random.Random.seed,
+        )
+        for program in (timed, ASKED["product"][0], lambda x: x.no_such_method()):
+            with contextlib.suppress(UnsupportedError, AttributeError):
+                extract_compiled_graph(program, (X,))
+        now = (time.time, os.urandom, open, input, io.open, datetime.datetime, random.Random.seed)
+        self.assertEqual(now, before)
+        self.assertIs(date, datetime.date)
+        self.assertIsInstance(perf_counter(), float)
+
+    def test_returned_itself(self):
+        graph = extract_compiled_graph(lambda x: (x + 1, perf_counter, date), (X,))
+        self.assertIs(graph(X)[1], time.perf_counter)
+        self.assertIs(graph(X)[2], datetime.date)
 
 
 class Counted(nn.Module):

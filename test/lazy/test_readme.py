@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 
@@ -205,6 +206,7 @@ LIMITS = {
     "make_fx": captured(lambda x: make_fx(lambda y: y * 2)(x)(x)),
     "random": captured(lambda x: x * random.random()),
     "seed": captured(lambda x: x * torch.seed()),
+    "clock": captured(lambda x: x * time.time()),
     "iterator": captured(lambda x: x * next(batches)),
     "lru_cache": captured(lambda x: x + masked(x)),
     "attribute of a Python module": captured(module_attribute),
@@ -259,7 +261,7 @@ class LimitsTest(unittest.TestCase):
 
 def unplaced(message: str) -> str:
     """`message` without the place in a program."""
-    return re.sub(r"\(at [^)]*\)", "(at PLACE)", message)
+    return re.sub(r"([(,]) ?at [^)]*\)", r"\1 at PLACE)", message)
 
 
 def is_quote(quote: str, message: str) -> bool:
