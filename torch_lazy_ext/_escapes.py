@@ -126,6 +126,12 @@ class _Walk:
                 self._counts[id(held)] = self._counts.get(id(held), 0) + 1
                 stack.append(held)
 
+    def note(self, values: list[Any]) -> None:
+        """Each of `values` is held once more, by what Python cannot look into."""
+        for value in values:
+            self._counts[id(value)] = self._counts.get(id(value), 0) + 1
+        self.add(values)
+
     def _is_open(self, value: Any) -> bool:
         if id(value) in self._attributes:
             return True
@@ -219,7 +225,11 @@ def settle(recording: Recording, since: Since) -> None:
     del uneven
     gc.collect()
     # What a custom autograd.Function keeps in its context is for the backward.
-    walk.add(_contexts(tensors))
+    # Autograd makes the history anew of a view whose base was written to.
+    contexts, saved = recorder.resumed(lambda: _contexts(tensors))
+    walk.add(contexts)
+    walk.note(saved)
+    del contexts, saved
     tensors = [t for t in tensors if not _is_tensor(t) or _C.is_capture_tensor(t)]
     uneven = [v for v in walk.uneven(tensors) if _leads_to(v, walk, tensors)]
     if not uneven:
@@ -292,13 +302,14 @@ def _leave_values(
             torch._C._swap_tensor_impl(tensor, value)
 
 
-def _contexts(tensors: list[Any]) -> list[Any]:
-    """What the functions in the history of these tensors keep: custom ones in attributes, and what
-    the program's hooks for saved tensors gave.
+def _contexts(tensors: list[Any]) -> tuple[list[Any], list[Any]]:
+    """What the functions in the history of these tensors keep: custom ones in attributes; and what
+    they all have of the program's hooks for saved tensors.
     """
     seen: set[Any] = set()
     stack = [t.grad_fn for t in tensors if _is_tensor(t) and t.requires_grad]
-    held = []
+    held: list[Any] = []
+    saved: list[Any] = []
     while stack:
         function = stack.pop()
         if function is None or function in seen:
@@ -309,10 +320,10 @@ def _contexts(tensors: list[Any]) -> list[Any]:
             held.append(vars(function))
         for name in dir(function):
             if name.startswith("_raw_saved_"):
-                saved = getattr(function, name)
-                for each in saved if isinstance(saved, (list, tuple)) else [saved]:
-                    held.append(each.data)
-    return held
+                value = getattr(function, name)
+                for each in value if isinstance(value, (list, tuple)) else [value]:
+                    saved.append(each.data)
+    return held, saved
 
 
 class _Holders:
