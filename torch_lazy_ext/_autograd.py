@@ -25,6 +25,8 @@ _register_hook: Callable[..., Any] = torch.Tensor.register_hook
 _register_after: Callable[..., Any] = torch.Tensor.register_post_accumulate_grad_hook
 grad_of = vars(torch._C.TensorBase)["grad"].__get__
 set_grad = vars(torch._C.TensorBase)["grad"].__set__
+_grad_fn = vars(torch._C.TensorBase)["grad_fn"].__get__
+_output_nr = vars(torch._C.TensorBase)["output_nr"].__get__
 is_leaf: Callable[[torch.Tensor], bool] = vars(torch._C.TensorBase)["is_leaf"].__get__
 requires_grad: Callable[[torch.Tensor], bool] = vars(torch._C.TensorBase)["requires_grad"].__get__
 _hooks_of_tensor = vars(torch._C.TensorBase)["_backward_hooks"].__get__
@@ -39,6 +41,31 @@ ENGINE = ("outputs", "gradients", "retain_graph", "create_graph", "inputs", "all
 def top_saved_hooks() -> Any:
     """The innermost pair of hooks for tensors that autograd saves, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+RELATED = (
+    "the program differentiates with respect to a tensor that another one, which it is given too, "
+    "was made from: derive the one from the other inside of the program, or detach it"
+)
+
+
+def leads_to(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the history of a tensor of the user's leads to another one."""
+    edge = _grad_fn(other), _output_nr(other)
+    seen: set[Any] = set()
+    stack = [_grad_fn(tensor)]
+    while stack and tensor is not other:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if getattr(function, "variable", None) is other:
+            return True
+        for following in function.next_functions:
+            if edge[0] is not None and following == edge:
+                return True
+            stack.append(following[0])
+    return False
 
 
 class Hooked:
@@ -120,6 +147,8 @@ class Autograd:
         contributions: of a backward inside of that backward, in order: how many nodes there were
             before it, the leaf, and what it accumulates.
         checkpoints: whether a reentrant checkpoint is in that backward.
+        related: (a tensor with a history, one that the program differentiated with respect to): no
+            history outside of the program leads from the first to the second.
     """
 
     def __init__(
@@ -137,6 +166,7 @@ class Autograd:
         self.resumed = False
         self.contributions: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.checkpoints = False
+        self.related: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._state = state
         self._user_of = user_of
         self._refusal = refusal
@@ -194,6 +224,9 @@ class Autograd:
         """
         if not self.resumed:
             self.ran = self.reads_leaf = True
+            self._relate(
+                [user for i in inputs if self.owns(i) and (user := self._user_of(i)) is not None]
+            )
             for tensor, twin, constant, _base in self.recorder.lifted():
                 if constant or tensor is None or not requires_grad(twin):
                     continue
@@ -221,6 +254,14 @@ class Autograd:
                     self.contributions.append((begin, leaf, grad))
                     set_grad(leaf, None)
         return result
+
+    def _relate(self, inputs: list[torch.Tensor]) -> None:
+        for tensor, twin, constant, _base in self.recorder.lifted():
+            if inputs and not constant and requires_grad(twin) and not is_leaf(tensor):
+                for other in inputs:
+                    if leads_to(tensor, other):
+                        raise self._refusal(RELATED)
+                    self.related.append((tensor, other))
 
     def register(self, func: Any, tensor: torch.Tensor, hook: Any) -> Any:
         handle = func(self._carried(tensor), hook)

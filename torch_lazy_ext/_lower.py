@@ -71,7 +71,7 @@ class FromView:
         requires_grad: a leaf that the program made so.
     """
 
-    base: FromLifted | FromRoot
+    base: FromLifted | FromRoot | FromConstant
     views: _C.ViewSequence
     grad_mode: bool | None = None
     requires_grad: bool = False
@@ -335,6 +335,7 @@ class Lowered:
         retained: indices of lifted tensors whose gradient the program retains.
         reads_leaf: it matters whether a tensor is a leaf.
         hooked: (lifted index, hooks): of tensors that a backward of the program may come by.
+        related: pairs of lifted indices: the history of the first does not lead to the second.
         makes_generators: whether it draws from generators of its own: one run at a time.
         modes: (how to set it, to what): modes that the program leaves changed.
         communicates: whether the graph holds collectives, which must run once in each call.
@@ -365,6 +366,7 @@ class Lowered:
     retained: list[int]
     reads_leaf: bool
     hooked: list[tuple[int, list[list[Any]]]]
+    related: list[tuple[int, int]]
     communicates: bool
     precheck: tuple[torch._C.Graph, list[int]] | None
     guards: list[ValueGuard]
@@ -491,6 +493,9 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             (sources.lifted[id(h.user)], h.before)
             for h in recording.autograd.hooked.values()
             if recording.autograd.ran or any(h.before)
+        ],
+        related=[
+            (sources.lifted[id(a)], sources.lifted[id(b)]) for a, b in recording.autograd.related
         ],
         communicates=recorder.communicates(),
         precheck=precheck,
@@ -1565,13 +1570,13 @@ class _Sources:
     def _view_of_result(self, leaf: torch.Tensor) -> FromView | None:
         """The source of a differentiable view, where others share its memory: eager's own view."""
         base = leaf._base
-        if base is None or not base.requires_grad or base.grad_fn is None:
+        if base is None or not base.requires_grad:
             return None
         about = self.recorder.describe(base)
         if not about.captured or len(about.views) or not _is_plain_view(leaf, base):
             return None
         source = self.of(base)
-        if not isinstance(source, FromRoot):
+        if not isinstance(source, (FromRoot, FromConstant)):
             return None
         return FromView(source, self.recorder.describe(leaf).views, grad_mode=True)
 

@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 
 from torch_lazy_ext import (
     _C,
+    _autograd,
     _compile,
     _fx,
     _gradients,
@@ -288,6 +289,7 @@ class Specialization(_C.Variant):
         further: list[object] = [lowered.backwards, lowered.refills, lowered.effects]
         further += [lowered.assigned, lowered.gradients, lowered.required, lowered.spent]
         further += [lowered.modes, lowered.update, lowered.hooks, lowered.retained]
+        further += [lowered.related]
         if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
             return
         result = _native_result(lowered.result, set())
@@ -406,6 +408,9 @@ class Specialization(_C.Variant):
             states: of the generators, as the call found them.
         """
         lowered = self._lowered
+        for index, other in lowered.related:
+            if _autograd.leads_to(tensors[index], tensors[other]):
+                raise UnsupportedError(_autograd.RELATED)
         for index, required in lowered.required:
             if required:
                 tensors[index].requires_grad_()

@@ -519,6 +519,22 @@ class InnerGradTest(unittest.TestCase):
         captures=2,
     )
 
+    def test_arguments_made_from_one_another_are_refused(self) -> None:
+        def program(a: Tensor, b: Tensor) -> Tensor:
+            return torch.autograd.grad((b * b).sum() + a.sum(), a)[0]
+
+        def pair(related: bool) -> tuple[Tensor, Tensor]:
+            a = torch.ones(2, requires_grad=True)
+            return a, (a if related else torch.ones(2, requires_grad=True)) * 3
+
+        refused = self.assertRaisesRegex(UnsupportedError, "another one, which it is given too")
+        with refused:
+            extract_compiled_graph(program, pair(True))
+        graph = extract_compiled_graph(program, pair(False))
+        self.assertTrue(torch.equal(graph(*pair(False)), torch.ones(2)))
+        with refused:
+            graph(*pair(True))
+
     def test_called_on_a_non_leaf_after_a_leaf(self) -> None:
         """Where a history begins outside, eager goes on there."""
 
@@ -809,6 +825,9 @@ class MadeInsideTest(unittest.TestCase):
             )[-1]
         ),
         floats((3,)),
+    )
+    test_view_of_it = maketest(
+        stateless(lambda x: (w := (x * 0 + 1).requires_grad_(), [w[:1], w])[-1]), floats((2, 3))
     )
     test_module = maketest(
         linear(lambda m, x: (n := copy.deepcopy(m), [n.weight, n(x) + m(x)])[-1]), floats((2, 3))
