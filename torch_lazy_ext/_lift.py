@@ -10,18 +10,25 @@ program ran, so that what the program did to them can be taken back, and done ag
 
 from __future__ import annotations
 
+import array
 import collections
-import dis
+import contextvars
 import functools
+import gc
+import operator
+import os
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _module
 
-from torch_lazy_ext import _tree
+from torch_lazy_ext import _code, _tree
 
 
 class _Missing:
@@ -36,7 +43,8 @@ MISSING = _Missing()
 
 
 class Slot:
-    """One place that holds a value: `owner[key]`, an attribute in a `__slots__`, or a cell.
+    """One place that holds a value: `owner[key]`, an attribute that is in no dictionary, a cell, a
+    ContextVar.
 
     Attributes:
         name: the path to it from the program, for texts.
@@ -65,6 +73,10 @@ class Slot:
                 return owner[self.key]
             except IndexError:
                 return MISSING
+        if isinstance(owner, type):
+            return vars(owner).get(self.key, MISSING)
+        if isinstance(owner, contextvars.ContextVar):
+            return owner.get(MISSING)
         return getattr(owner, self.key, MISSING)
 
     def write(self, value: Any) -> None:
@@ -83,6 +95,18 @@ class Slot:
                 owner.cell_contents = value
         elif isinstance(owner, (list, collections.deque)):
             owner[self.key] = value
+        elif isinstance(owner, contextvars.ContextVar):
+            owner.set(value)
+        elif isinstance(owner, ENVIRONMENT):
+            if value is not MISSING:
+                owner[self.key] = value
+            elif self.key in owner:
+                del owner[self.key]
+        elif isinstance(owner, (type, threading.local)):
+            if value is not MISSING:
+                setattr(owner, self.key, value)
+            elif self.key in vars(owner):
+                delattr(owner, self.key)
         elif value is MISSING:
             object.__delattr__(owner, self.key)
         else:
@@ -118,6 +142,25 @@ class NumberSlot(Slot):
         return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
+class AliveSlot(Slot):
+    """Whether a weak reference still has its object."""
+
+    __slots__ = ()
+
+    def read(self) -> Any:
+        return self.owner() is not None
+
+    def write(self, value: Any) -> None:
+        raise TypeError("nothing can be put into a weak reference")
+
+
+ENVIRONMENT = type(os.environ)
+# Containers whose content is a list of items, and that have no attributes of their own.
+PLAIN_CONTENTS = (set, bytearray, array.array)
+# Classes of the standard library whose instances keep what a program puts into them in attributes.
+STRUCTURES_OF_LIBRARY = (collections.ChainMap, collections.UserDict, collections.UserList)
+# Hooks that every module runs, by the names of their dictionaries in torch.nn.modules.module.
+GLOBAL_HOOKS = tuple(k for k in vars(_module) if k.startswith("_global_") and k.endswith("hooks"))
 # Objects of torch that hold tensors and are neither modules nor containers.
 OBJECTS_OF_TORCH = (
     torch.optim.Optimizer,
@@ -152,9 +195,20 @@ class State:
         unsized: ids of containers that may grow between the calls.
         names: the attributes and globals that functions of the program name.
         functions: the program's functions, and partials of them.
+        namespaces: ids of the containers that are the attributes of an object.
+        registries: ids of those that are the parameters or buffers of a module.
+        objects: what has a class of its own: modules, instances.
+        types: the classes of these, and those that the program holds.
+        locals: each threading.local.
+        arrays: numpy arrays.
+        weak: ids of what weak references refer to.
+        bare: functions without attributes.
+        dynamic: whether it holds something that finds attributes by names of its own.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, *roots: Any, ran: _code.Ran | None = None) -> None:
+        self._ran = ran
+        self._roots = roots
         self.tensors: dict[int, tuple[torch.Tensor, list[Slot]]] = {}
         self.modules: list[nn.Module] = []
         self.values: list[tuple[Slot, Any]] = []
@@ -165,16 +219,42 @@ class State:
         self._groups: set[int] = set()  # ids of the param_groups of optimizers
         self._put: dict[tuple[int, Any], Any] = {}  # what stands in the place of numbers
         self._seen: dict[int, Any] = {}
-        self._methods: dict[type, dict[str, types.FunctionType]] = {}
+        self.namespaces: set[int] = set()
+        self.registries: set[int] = set()
+        self.objects: list[Any] = []
+        self.types: dict[type, None] = {}
+        self.locals: list[tuple[threading.local, dict[str, Any]]] = []
+        self.arrays: list[tuple[Any, str]] = []
+        self.dynamic = False
+        self.entered: set[int] = set()  # ids of code objects whose globals were looked into
+        self._codes: list[types.CodeType] = []  # which these ids are of
+        self._environment = dict(_environment())
+        # Modules and classes of the program, whose content counts by name: by id the owner, what
+        # it held, and whether its functions may be called. By name those that have it.
+        self._spaces: dict[int, tuple[Any, dict[str, Any], bool]] = {}
+        self._with_name: dict[str, list[tuple[Any, bool]]] = {}
+        self.bare: list[types.FunctionType] = []
+        self.weak: set[int] = set()
+        self._make: Callable[[torch.Tensor], Any] | None = None
         # Attributes that functions of the program name, and what PyTorch itself calls.
         self.names = {"forward", "__call__", "__torch_function__"}
+        if ran is not None:
+            self.names |= ran.names
+            roots += tuple(e.function for e in ran.entries if e.function and not e.library)
         self._single: list[tuple[Slot, Any]] = []  # cells, globals, attributes in slots
         for root in roots:
             self.walk(root)
+        if self.modules:
+            for name in GLOBAL_HOOKS:
+                self.walk(vars(_module)[name], name)
 
     def knows(self, value: Any) -> bool:
         """Whether this very object was there before the program ran."""
         return self._seen.get(id(value)) is value
+
+    def mutable_ids(self) -> list[int]:
+        """The ids of what could be an argument as well: containers and objects."""
+        return [id(c) for c, _content in self.containers] + [id(v) for v in self.objects]
 
     def slots_of(self, tensor: torch.Tensor) -> list[Slot]:
         found = self.tensors.get(id(tensor))
@@ -184,11 +264,13 @@ class State:
 
     def put_numbers(self, make: Callable[[torch.Tensor], Any]) -> None:
         """Put `make(tensor)` in the place of each float that is an input, until `take_back`."""
+        self._make = make
         for slot, value, tensors in self.numbers:
-            made = [make(t) for t in tensors]
-            new = tuple(made) if isinstance(value, tuple) else made[0]
-            self._put[id(slot.owner), slot.key] = new
-            slot.write(new)
+            if (id(slot.owner), slot.key) not in self._put:
+                made = [make(t) for t in tensors]
+                new = tuple(made) if isinstance(value, tuple) else made[0]
+                self._put[id(slot.owner), slot.key] = new
+                slot.write(new)
 
     def take_back(self) -> list[Change]:
         """Undo what was done to the containers since the walk, and say what it was."""
@@ -198,31 +280,51 @@ class State:
             if self._put.get((id(change.owner), change.key), self) is not change.value
         ]
         self._put.clear()
+        self._make = None  # which may hold this
         return changes
 
     def _take_back(self) -> list[Change]:
         changes: list[Change] = []
         for container, before in self.containers:
             if isinstance(container, dict):
-                changes.extend(_restore_dict(container, before))
-            elif len(container) != len(before) or any(
-                a is not b for a, b in zip(container, before)
-            ):
+                if before or dict.__len__(container):
+                    changes.extend(_restore_dict(container, before))
+            elif _tree.differs(container, before):
                 changes.append(Change(container, CONTENT, list(container)))
-                container.clear()
-                container.extend(before)
+                _tree.refill(container, before)
         for slot, before in self._single:
             now = slot.read()
             if now is not before:
                 changes.append(Change(slot.owner, slot.key, now))
                 slot.write(before)
+        for owner, held, _called in self._spaces.values():
+            content = dict(vars(owner))
+            if not _same_items(content, held):
+                for change in list(_restore_dict(content, held)):
+                    slot = Slot(_owner(owner), change.key, "")
+                    slot.write(held.get(change.key, MISSING))
+                    changes.append(Change(slot.owner, change.key, change.value))
+        for fn in self.bare:
+            if vars(fn):
+                changes.extend(_restore_dict(vars(fn), {}))
+        for local, attributes in self.locals:
+            for change in list(_restore_dict(vars(local), attributes)):
+                changes.append(Change(local, change.key, change.value))
+        if self._environment != _environment():
+            decode = os.environ.decodekey, os.environ.decodevalue
+            for change in list(_restore_dict(dict(_environment()), self._environment)):
+                key = decode[0](change.key)
+                now = change.value if change.value is MISSING else decode[1](change.value)
+                changes.append(Change(os.environ, key, now))
+                before = self._environment.get(change.key, MISSING)
+                Slot(os.environ, key, "").write(before if before is MISSING else decode[1](before))
         return changes
 
     # --------------------------------------------------------------------- walk
 
-    def walk(self, root: Any) -> None:
-        """Add what `root` can reach."""
-        stack: list[tuple[Any, str]] = [(root, "")]
+    def walk(self, root: Any, name: str = "") -> None:
+        """Add what `root` can reach; `name` is the path to it."""
+        stack: list[tuple[Any, str]] = [(root, name)]
         while stack:
             value, name = stack.pop()
             if id(value) in self._seen:
@@ -231,7 +333,13 @@ class State:
             stack.extend(reversed(list(self._children(value, name))))
 
     def _children(self, value: Any, name: str) -> Iterator[tuple[Any, str]]:
-        if isinstance(value, functools.partial):
+        cls = type(value)
+        if cls is dict or (cls is collections.OrderedDict and not value.__dict__):
+            if len(value) <= _tree.LIMIT:
+                yield from self._items(value, name)
+        elif cls in _WITHOUT_STATE:
+            return
+        elif isinstance(value, functools.partial):
             self.functions.append(value)
             yield value.func, name
             yield from self._items(value.args, name)
@@ -243,68 +351,197 @@ class State:
             yield from self._function(value, name)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
-            yield from self._items(value.__dict__, name)
+            self.objects.append(value)
+            self.registries.update((id(value._parameters), id(value._buffers)))
+            yield from self._attributes(value, name)
             yield from self._class(type(value), name)
         elif isinstance(value, OBJECTS_OF_TORCH):
             self._groups.update(map(id, getattr(value, "param_groups", ())))
             if isinstance(value, torch.optim.Optimizer) and not hasattr(value, "_opt_called"):
                 # A scheduler makes the first step leave this note, which no step reads.
                 self.unsized.add(id(value.__dict__))
-            yield from self._items(value.__dict__, name)
+            yield from self._attributes(value, name)
         elif isinstance(value, (dict, list, tuple, collections.deque)):
-            if len(value) <= 10_000:
+            if _tree.length(value) <= _tree.LIMIT:
                 yield from self._items(value, name)
-            if hasattr(value, "__dict__"):
-                yield from self._items(value.__dict__, name)
+            own = getattr(value, "__dict__", None)
+            if own or (own is not None and not _code.is_library(type(value))):
+                self.objects.append(value)
+                yield from self._attributes(value, name)
+                yield from self._class(type(value), name)
+        elif isinstance(value, type):
+            yield from self._class(value, name, called=False)
+        elif isinstance(value, types.ModuleType):
+            if not _code.is_library(value):
+                yield from self._space(value, True, name)
+        elif isinstance(value, PLAIN_CONTENTS):
+            if len(value) <= _tree.LIMIT:
+                self.containers.append((value, list(value)))
+            if isinstance(value, set):
+                yield from ((item, name) for item in value)
+        elif isinstance(value, frozenset):
+            yield from ((item, name) for item in value)
+        elif isinstance(value, types.MappingProxyType):
+            yield from ((d, name) for d in gc.get_referents(value))
+        elif isinstance(value, weakref.ref):
+            self.values.append((AliveSlot(value, None, name), value() is not None))
+            self.weak.add(id(value()))
+            yield value(), name
+        elif isinstance(value, contextvars.ContextVar):
+            yield from self._slot(Slot(value, None, name))
+        elif isinstance(value, threading.local):
+            attributes = dict(vars(value))
+            self.locals.append((value, attributes))
+            for key in attributes:
+                yield from self._slot(Slot(value, key, _join(name, key)))
+        elif isinstance(value, (operator.attrgetter, operator.methodcaller)):
+            self.dynamic = True
+        elif isinstance(value, DESCRIPTORS):
+            yield from ((f, name) for f in _functions_of(value))
+        elif _tree.is_array(value):
+            self.arrays.append((value, name))
+        elif isinstance(value, STRUCTURES_OF_LIBRARY):
+            self.objects.append(value)
+            yield from self._attributes(value, name)
         elif _tree.parts(value) is not None:
+            self.objects.append(value)
             own = getattr(value, "__dict__", None)
             if own is not None:
-                yield from self._items(own, name)
+                yield from self._attributes(value, name)
             for key in _tree._attributes(value):
                 if own is None or key not in own:
                     yield from self._slot(Slot(value, key, _join(name, key)), single=True)
             yield from self._class(type(value), name)
 
-    def _class(self, cls: type, name: str) -> Iterator[tuple[Any, str]]:
-        """The methods of a class that some function of the program may call, by their names."""
-        if cls in self._methods:
+    def _attributes(self, owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+        """What an object holds in its dictionary."""
+        self.namespaces.add(id(owner.__dict__))
+        yield from self._items(owner.__dict__, name)
+
+    def _space(self, owner: Any, called: bool, name: str) -> Iterator[tuple[Any, str]]:
+        """What functions of the program name of a module or a class.
+
+        Args:
+            called: whether to look into the functions there; else into all but these, which are
+                looked into when they start.
+        """
+        known = self._spaces.get(id(owner))
+        if known is not None and known[2] >= called:
             return
-        methods: dict[str, types.FunctionType] = {}
-        for base in reversed(cls.__mro__):
-            if not _is_library(base):
-                found = vars(base).items()
-                methods.update((k, v) for k, v in found if isinstance(v, types.FunctionType))
-        self._methods[cls] = methods
-        yield from ((m, name) for k, m in methods.items() if k in self.names)
+        content = dict(vars(owner)) if known is None else known[1]
+        self._spaces[id(owner)] = (owner, content, called)
+        if self._ran is None:
+            for key in content:
+                self._with_name.setdefault(key, []).append((owner, called))
+        for key in content.keys() & self.names:
+            yield from self._member(owner, key, called, name)
+
+    def _member(self, owner: Any, key: str, called: bool, name: str) -> Iterator[tuple[Any, str]]:
+        value = self._spaces[id(owner)][1][key]
+        if self._ran is not None and type(value) in _tree.SIMPLE_TYPES:
+            return  # guarded by its name
+        if key in _DECLARATIONS:
+            return
+        if not isinstance(value, FUNCTIONS):
+            yield from self._slot(Slot(_owner(owner), key, f"{owner.__name__}.{key}"))
+        elif called:
+            yield value, name
+
+    def _class(self, cls: type, name: str, called: bool = True) -> Iterator[tuple[Any, str]]:
+        """What functions of the program may use of a class, by their names."""
+        self.types[cls] = None
+        for base in cls.__mro__:
+            known = self._spaces.get(id(base))
+            if (known is None or known[2] < called) and not _code.is_library(base):
+                yield from self._space(base, called, name)
 
     def _function(self, fn: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
-        if _is_library(fn):
-            return
-        self.functions.append(fn)
+        if not _code.is_library(fn):
+            self.functions.append(fn)
         for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
             yield from self._slot(Slot(cell, None, key), single=True)
-        for default in fn.__defaults__ or ():
-            yield default, name
+        if _code.is_library(fn):
+            wrapped = vars(fn).get("__wrapped__")
+            if wrapped is not None:
+                yield wrapped, name
+            return
+        if self._ran is not None and id(fn.__code__) not in self._ran.codes:
+            return
+        for i, default in enumerate(fn.__defaults__ or ()):
+            if isinstance(default, torch.Tensor):
+                yield from self._slot(Slot(fn.__defaults__, i, f"{fn.__name__}.{i}"))
+            elif type(default) not in _tree.SIMPLE_TYPES:
+                yield default, fn.__name__
         if fn.__kwdefaults__:
             yield from self._items(fn.__kwdefaults__, name)
-        global_names, written, names = _names(fn.__code__)
-        for key in global_names:
-            if key in fn.__globals__ or key in written:
-                yield from self._slot(Slot(fn.__globals__, key, key), single=True)
-        for key in names - self.names:
-            self.names.add(key)
-            yield from ((m[key], name) for m in self._methods.values() if key in m)
+        if vars(fn):
+            self.namespaces.add(id(vars(fn)))
+            yield from self._items(vars(fn), fn.__name__)
+        else:
+            self.bare.append(fn)
+        yield from self._global_names(fn.__code__, fn.__globals__, name)
+
+    def _global_names(
+        self, code: types.CodeType, space: dict[str, Any], name: str
+    ) -> Iterator[tuple[Any, str]]:
+        stack = [code]
+        while stack:
+            inner = stack.pop()
+            self.entered.add(id(inner))
+            self._codes.append(inner)
+            stack += [c for c in inner.co_consts if isinstance(c, types.CodeType)]
+        names = _code.names_within(code)
+        for key in dict.fromkeys([c[0] for c in names.chains] + sorted(names.stored)):
+            if key in space or key in names.stored:
+                yield from self._slot(Slot(space, key, key), single=True)
+        new = names.all - self.names
+        self.names |= new
+        for key in new & self._with_name.keys():
+            for owner, called in self._with_name[key]:
+                yield from self._member(owner, key, called, name)
+        for imported in names.imports:
+            module = sys.modules.get(imported)
+            if module is not None:
+                yield module, imported
+
+    def enter(self, code: types.CodeType, fn: types.FunctionType | None, space: Any) -> None:
+        """A function of the program starts that the walk may not have come to."""
+        if id(code) in self.entered and (fn is None or self.knows(fn) or not fn.__closure__):
+            return
+        if fn is not None:
+            self.walk(fn)
+        else:
+            for value, name in list(self._global_names(code, space, "")):
+                self.walk(value, name)
+        if self._make is not None:
+            self.put_numbers(self._make)
+
+    def forget(self) -> None:
+        """Let go of the objects that were there, which may go while this is still held."""
+        self._seen.clear()
+        self.objects.clear()
+
+    def reached(self, ran: _code.Ran) -> State:
+        """Of the same program, what the code that ran can have reached, by the names in it."""
+        return State(*self._roots, ran=ran)
 
     def _items(self, owner: Any, name: str) -> Iterator[tuple[Any, str]]:
         if isinstance(owner, dict):
+            if not dict.__len__(owner):
+                self.containers.append((owner, {}))
+                return
             items = _tree.items_of(owner)
+            if self._ran is not None and id(owner) in self.namespaces:
+                items = {k: v for k, v in items.items() if self._ran.may_read(k)}
             self.containers.append((owner, items))
             for i, key in enumerate(items):
                 # The state of an optimizer has its parameters as keys.
                 label = i if isinstance(key, torch.Tensor) else key
+                if type(key) is not str and type(key) not in _tree.SIMPLE_TYPES:
+                    self._seen.setdefault(id(key), key)
                 yield from self._slot(Slot(owner, key, _join(name, label)))
             return
-        values = list(owner)
+        values = _tree.list_of(owner)
         if not isinstance(owner, tuple):
             self.containers.append((owner, values))
         for key in range(len(values)):
@@ -316,6 +553,9 @@ class State:
             self._single.append((slot, value))
         if isinstance(value, torch.Tensor):
             self.tensors.setdefault(id(value), (value, []))[1].append(slot)
+            if value.__dict__ and id(value) not in self._seen:
+                self._seen[id(value)] = value
+                yield from self._attributes(value, slot.name)
             return
         if id(slot.owner) in self._groups and self._number(slot, value):
             return
@@ -347,8 +587,8 @@ class State:
 def _restore_dict(container: dict[Any, Any], before: dict[Any, Any]) -> Iterator[Change]:
     now = _tree.items_of(container)
     # By identity: parameters are keys of an optimizer's state.
-    same_order = all(a is b for a, b in zip(now, before))
-    if len(now) == len(before) and same_order and all(now[k] is v for k, v in before.items()):
+    same = len(now) == len(before) and all(map(operator.is_, now, before))
+    if same and all(map(operator.is_, now.values(), before.values())):
         return
     for key in before:
         if key not in now:
@@ -372,41 +612,38 @@ def _join(name: str, key: Any) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
-@functools.cache
-def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
-    """Globals that a function reads or writes, those it writes, and all names it uses."""
-    read: dict[str, None] = {}
-    written: set[str] = set()
-    extended = 0
-    for op, arg in zip(code.co_code[::2], code.co_code[1::2]):
-        arg |= extended << 8
-        if op == dis.EXTENDED_ARG:
-            extended = arg
-            continue
-        extended = 0
-        if op == _LOAD_GLOBAL:
-            read[code.co_names[arg >> _LOAD_GLOBAL_SHIFT]] = None
-        elif op == _LOAD_NAME:
-            read[code.co_names[arg]] = None
-        elif op == _STORE_GLOBAL:
-            read[code.co_names[arg]] = None
-            written.add(code.co_names[arg])
-    names = set(code.co_names)
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            inner_read, inner_written, inner_names = _names(const)
-            read.update(dict.fromkeys(inner_read))
-            written |= inner_written
-            names |= inner_names
-    return tuple(read), frozenset(written), frozenset(names)
+_WITHOUT_STATE: set[type] = {type(int | str), type(list[int]), types.GetSetDescriptorType}
+_WITHOUT_STATE |= {types.MemberDescriptorType, types.BuiltinFunctionType, types.CodeType, slice}
+# Of a class: what it says of its attributes, and no value of theirs.
+_DECLARATIONS = frozenset(("__annotations__", "__dataclass_fields__", "__slots__", "__doc__"))
+# What a class holds in the place of functions.
+DESCRIPTORS: tuple[type, ...] = (property, classmethod, staticmethod, functools.partialmethod)
+DESCRIPTORS += (functools.cached_property,)
+FUNCTIONS = (types.FunctionType, *DESCRIPTORS)
 
 
-_LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
-_LOAD_GLOBAL_SHIFT = 1 if sys.version_info >= (3, 11) else 0  # the low bit says "for a call"
-_LOAD_NAME = dis.opmap["LOAD_NAME"]
-_STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
+def _environment() -> dict[Any, Any]:
+    """What `os.environ` keeps, in the encoding of the system."""
+    environment: Any = os.environ
+    content: dict[Any, Any] = environment._data
+    return content
 
 
-def _is_library(thing: Callable[..., Any] | type) -> bool:
-    root = (thing.__module__ or "").partition(".")[0]
-    return root in ("torch", "torch_lazy_ext", "builtins")
+def _same_items(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two dictionaries hold the same objects under the same keys, in one order."""
+    return (
+        len(a) == len(b)
+        and all(map(operator.is_, a.values(), b.values()))
+        and all(map(operator.eq, a, b))
+    )
+
+
+def _functions_of(descriptor: Any) -> list[Any]:
+    """The functions in a property, a classmethod and their like."""
+    names = ("fget", "fset", "fdel", "func", "__func__")
+    return [f for name in names if (f := getattr(descriptor, name, None)) is not None]
+
+
+def _owner(space: Any) -> Any:
+    """What stands in a slot for a module or a class."""
+    return space.__dict__ if isinstance(space, types.ModuleType) else space

@@ -8,6 +8,7 @@ is noted and taken back.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import itertools
 import sys
@@ -22,6 +23,7 @@ from torch.optim import radam as _radam
 from torch_lazy_ext import (
     _C,
     _autograd,
+    _code,
     _collectives,
     _escapes,
     _generators,
@@ -142,6 +144,8 @@ class Capture:
         twin = self.recorder.lift(tensor)
         if isinstance(tensor, torch.nn.Parameter):
             twin.__class__ = torch.nn.Parameter
+        if tensor.__dict__:
+            twin.__dict__.update(tensor.__dict__)
         self._arguments[id(twin)] = tensor
         return twin
 
@@ -867,9 +871,17 @@ def _install() -> None:
         replace(torch, name, _function(getattr(torch, name), handler))
     for owner, name in _FROM_DATA:
         replace(owner, name, _from_data(getattr(owner, name)))
+    _C.set_stand_ins(
+        {
+            vars(owner)[name]: None if before is _MISSING else before
+            for owner, name, before in _replaced
+            if name in vars(owner)
+        }
+    )
 
 
 def _remove() -> None:
+    _C.set_stand_ins({})
     while _replaced:
         owner, name, before = _replaced.pop()
         if before is _MISSING:
@@ -952,7 +964,10 @@ class Recording:
         ran_backward: whether the program called `backward()`.
         modes: (how to set it, to what), for the modes that the program left changed.
         made: the Python objects that were made since the program began.
+        ran: the code that ran.
     """
+
+    ran: _code.Ran
 
     def __init__(self, capture: Capture, state: _lift.State) -> None:
         self.recorder = capture.recorder
@@ -1088,7 +1103,8 @@ def _record(
 
     capture = Capture(recorder, state)
     recording = Recording(capture, state)
-    (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin)
+    # What is part of the program's state as well is the same object in both places.
+    (own_args, own_kwargs), recording.containers = _tree.rebuild((args, kwargs), twin, state.knows)
     recording.arrays = capture.arrays
     before_program = _tree.flatten((args, kwargs)).leaves
     before_program += [value for _slot, value in state.values]
@@ -1097,10 +1113,23 @@ def _record(
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
     modes = [get() for get, _set in _MODES]
     state.put_numbers(lambda tensor: Number(tensor, capture))
+    noted = _code.note(state.enter)
+    # What the program sets of ContextVars stays in a context of its own.
+    context = contextvars.copy_context()
+    variables = dict(context)
     try:
         in_place = capture.moving.in_place_of(state), capture.generators.in_place_of(state)
         with in_place[0], in_place[1], capture:
-            recording.result = fn(*own_args, **own_kwargs)
+            noted.start()
+            try:
+                recording.result = context.run(fn, *own_args, **own_kwargs)
+            finally:
+                undisturbed = noted.stop()
+        if not undisturbed:
+            raise UnsupportedError(
+                "the program puts another evaluator of frames, or a profile function, in place, "
+                "which hides from the capture what it reads: do that outside of the program"
+            )
         capture.data_parallel.check()
     except Exception as error:
         # What it raised, it may have raised because it read memory that it had written to
@@ -1121,6 +1150,11 @@ def _record(
         drawn = capture.moving.put_back()
         recording.changes = state.take_back()
         capture.autograd.restore()
+        recording.changes += [
+            _lift.Change(variable, None, value)
+            for variable, value in context.items()
+            if variables.get(variable, _MISSING) is not value
+        ]
         for (get, set_mode), mode in zip(_MODES, modes):
             left = get()
             if left != mode:
@@ -1137,6 +1171,8 @@ def _record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
+    recording.ran = _code.Ran(noted)
+    del noted, context, variables
     if drawn:
         recorder.release()
         raise _moving.drawn_from(drawn[0])

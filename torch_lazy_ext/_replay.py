@@ -17,11 +17,13 @@ from torch.utils._device import DeviceContext
 from torch_lazy_ext import (
     _C,
     _autograd,
+    _code,
     _compile,
     _fx,
     _gradients,
     _lift,
     _lower,
+    _namespaces,
     _optimizers,
     _record,
     _text,
@@ -131,6 +133,7 @@ class Specialization(_C.Variant):
 
     Attributes:
         guards: what the program looked at in its data, in program order.
+        relied: what the program read of Python.
         hits: calls that this variant answered.
         misses: runs whose result was thrown away, because the data took another way.
     """
@@ -151,10 +154,11 @@ class Specialization(_C.Variant):
         devices = [m.device if isinstance(m, DeviceContext) else m for m in modes]
         self._set_surroundings(_C.Surroundings.now(), devices)
         with contextlib.ExitStack() as undo:
-            state, recorder, lowered, self._creations = capture(
+            state, recorder, lowered, self._creations, ran = capture(
                 fn, args, kwargs, flat, undo, verify_layouts
             )
-            self._set_up(fn, flat, compiler, state, recorder, lowered)
+            self._set_up(fn, flat, compiler, state, recorder, lowered, ran)
+            state.forget()
 
     def _set_up(
         self,
@@ -164,6 +168,7 @@ class Specialization(_C.Variant):
         state: _lift.State,
         recorder: _C.Recorder,
         lowered: _lower.Lowered,
+        ran: _code.Ran,
     ) -> None:
         self.graph = lowered.graph
         self._lowered = lowered
@@ -189,7 +194,7 @@ class Specialization(_C.Variant):
             self._set_precheck(_C.Program(graph), parameters)
         self._recorder: _C.Recorder | None = recorder  # until the first run
         self._first_run = threading.Lock()
-        self._guard_calls(flat, state, lowered)
+        self._guard_calls(flat, state, lowered, ran)
         self._set_up_lifted(flat, state, lowered)
         self._derivatives = _gradients.Derivatives(
             functools.partial(
@@ -221,16 +226,18 @@ class Specialization(_C.Variant):
             names.append(f"updates in place: {self._update_graph.runs_on}")
         return "; ".join(names)
 
-    def _guard_calls(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
+    def _guard_calls(
+        self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered, ran: _code.Ran
+    ) -> None:
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
         self._set_arguments(flat.spec, leaves, _placement(lowered))
-        for slot, value in state.values:
-            self._add_value(slot, value)
-        for container, before in state.containers:
-            if id(container) not in state.unsized:
-                self._add_size(container, len(before))
-                if isinstance(container, dict) and len(before) > 1:
-                    self._add_order(container, list(before))
+        if any(not isinstance(c, tuple) for c in flat.containers[2:-1]):
+            known = [(i, c) for i, c in enumerate(flat.containers) if state.knows(c)]
+            self._set_identities(
+                [(i, c) for i, c in known if not isinstance(c, tuple)], state.mutable_ids()
+            )
+        lifted = {id(tensor) for tensor, _constant, _base in lowered.lifted}
+        self.relied = _namespaces.guard(self, state, ran, lifted, _placement(lowered))
 
     def _set_up_lifted(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         """Say how to come by each lifted tensor at a call."""
@@ -715,7 +722,7 @@ def capture(
     flat: _tree.Flat,
     undo: contextlib.ExitStack,
     verify_layouts: bool = False,
-) -> tuple[_lift.State, _C.Recorder, _lower.Lowered, list[_optimizers.Creation]]:
+) -> tuple[_lift.State, _C.Recorder, _lower.Lowered, list[_optimizers.Creation], _code.Ran]:
     """Record and lower a program.
 
     Args:
@@ -737,14 +744,14 @@ def capture(
                 "extract the result, as in extract_compiled_graph(torch.func.grad(program), ...)"
             )
         try:
-            recorder, lowered = _capture(fn, args, kwargs, state, verify_layouts, creates)
+            recorder, lowered, ran = _capture(fn, args, kwargs, state, verify_layouts, creates)
         except _record.CreatesState as request:
             creates = all(c.missing() for c in request.creations)
             if creates:
                 creations += request.creations
                 undo.callback(_optimizers.create(request.creations).undo)
         else:
-            return state, recorder, lowered, creations
+            return state, recorder, lowered, creations, ran
 
 
 def _capture(
@@ -754,7 +761,7 @@ def _capture(
     state: _lift.State,
     verify_layouts: bool,
     creates: bool = False,
-) -> tuple[_C.Recorder, _lower.Lowered]:
+) -> tuple[_C.Recorder, _lower.Lowered, _code.Ran]:
     shared: list[torch.Tensor] = []
     while True:
         try:
@@ -763,7 +770,7 @@ def _capture(
             shared += request.tensors
             continue
         try:
-            return recording.recorder, _lower.lower(recording, state)
+            return recording.recorder, _lower.lower(recording, state), recording.ran
         except _record.SharedStorage as request:
             fresh = [t for t in request.tensors if not any(t is known for known in shared)]
             if not fresh:
@@ -1069,8 +1076,13 @@ class CompiledGraph(_C.Caller):
         """
         return _text.graph_text(self.graph, source=source)
 
-    def explain(self) -> str:
-        """The variants with their guards, hits and misses, for people."""
+    def explain(self, *, verbose: bool = False) -> str:
+        """The variants with their guards, hits and misses, for people.
+
+        Args:
+            verbose: list also the objects that each variant relies on (functions, classes, modules,
+                containers), and what libraries read.
+        """
         count = len(self._specializations)
         lines = [f"{count} variant{'s' * (count != 1)}, most recently used first"]
         for i, s in enumerate(self._specializations):
@@ -1082,6 +1094,7 @@ class CompiledGraph(_C.Caller):
                 f"{'' if s.backend == 'torchscript' else f', on {s.backend}'}"
             )
             lines += [f"  guard: {guard!r}" for guard in s.guards] or ["  no guards"]
+            lines += [f"  relies on {text}" for text in s.relied.lines(verbose)]
         for reason, count in self._eager_calls.items():
             lines.append(f"{count} call{'s' * (count != 1)} ran eagerly: {reason}")
         return "\n".join(lines) + "\n"

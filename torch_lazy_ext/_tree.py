@@ -8,6 +8,7 @@ lists, tuples, dictionaries and instance attributes, and remembers what was the 
 
 from __future__ import annotations
 
+import array
 import collections
 import enum
 import functools
@@ -37,7 +38,7 @@ _ATOMIC = frozenset(SIMPLE_TYPES) | {
 }
 # Classes of torch that are plain structures of tensors.
 _STRUCTURES_OF_TORCH = ("torch.distributions", "torch.nn.utils.rnn", "torch.return_types")
-_LIMIT = 10_000  # a longer container is data, not structure: it counts by identity
+LIMIT = 10_000  # a longer container is data, not structure: it counts by identity
 
 
 class Shape:
@@ -79,7 +80,7 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
     if cls is list or cls is tuple:
         return Shape(cls, len(value), None, ()), list(value)
     if cls is dict:
-        if len(value) > _LIMIT:
+        if len(value) > LIMIT:
             return None
         return Shape(cls, len(value), tuple(value), ()), list(value.values())
     if not _is_structure(cls, value):
@@ -92,11 +93,14 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
         items = list(content.values())
         extra = getattr(value, "default_factory", None)
     elif isinstance(value, (tuple, list)):
-        items = list(tuple.__iter__(value) if isinstance(value, tuple) else list.__iter__(value))
+        items = list_of(value)
     elif isinstance(value, collections.deque):
         items = list(value)
         extra = value.maxlen
-    if len(items) > _LIMIT:
+    elif isinstance(value, (set, bytearray, array.array)):
+        items = list(value)
+        extra = getattr(value, "typecode", None)
+    if len(items) > LIMIT:
         return None
     attributes = _attributes(value)
     shape = Shape(cls, len(items), keys, tuple(attributes), extra)
@@ -110,12 +114,57 @@ def items_of(value: dict[Any, Any]) -> dict[Any, Any]:
     return dict(dict.items(value))
 
 
+def length(value: Any) -> int:
+    """The number of items, whatever `__len__` of the class says."""
+    for base in (tuple, list, dict, collections.deque):
+        if isinstance(value, base):
+            return base.__len__(value)
+    return len(value)
+
+
+def list_of(value: Any) -> list[Any]:
+    """The items of a tuple, list or deque, whatever the methods of its class give."""
+    for base in (tuple, list, collections.deque):
+        if isinstance(value, base):
+            return list(base.__iter__(value))
+    return list(value)
+
+
+def differs(value: Any, items: list[Any]) -> bool:
+    """Whether a list, deque, set, bytearray or array holds other items than these."""
+    if isinstance(value, bytearray):
+        return bytes(value) != bytes(items)
+    if isinstance(value, array.array):
+        return value.tobytes() != array.array(value.typecode, items).tobytes()
+    now = list_of(value)
+    return len(now) != len(items) or any(a is not b for a, b in zip(now, items))
+
+
+def refill(value: Any, items: list[Any]) -> None:
+    """Give a list, deque, set, bytearray or array exactly these items, in place."""
+    if isinstance(value, list):
+        list.clear(value)
+        list.extend(value, items)
+    elif isinstance(value, set):
+        value.clear()
+        value.update(items)
+    elif isinstance(value, bytearray):
+        value[:] = bytes(items)
+    elif isinstance(value, array.array):
+        value[:] = array.array(value.typecode, items)
+    else:
+        value.clear()
+        value.extend(items)
+
+
 def _is_structure(cls: type, value: Any) -> bool:
     if issubclass(cls, (torch.Tensor, nn.Module, type, enum.Enum, BaseException)):
         return False
+    if cls in (set, bytearray, array.array):
+        return True
     if issubclass(cls, (set, frozenset, functools.partial)):
         return False  # more than their attributes
-    if issubclass(cls, (tuple, list, dict, collections.deque)):
+    if issubclass(cls, (tuple, list, dict, collections.deque, bytearray, array.array)):
         return True
     module = cls.__module__ or ""
     root = module.partition(".")[0]
@@ -151,6 +200,8 @@ def make(shape: Shape) -> Any:
         return cls()
     if issubclass(cls, collections.deque):
         return cls(maxlen=shape.extra)
+    if issubclass(cls, array.array):
+        return cls(shape.extra)
     if issubclass(cls, collections.defaultdict):
         made = cls.__new__(cls)
         made.default_factory = shape.extra
@@ -175,18 +226,14 @@ def make_tuple(shape: Shape, children: list[Any]) -> Any:
 def fill(value: Any, shape: Shape, children: list[Any]) -> None:
     """Give `value` exactly this content, in place."""
     items = children[: shape.length]
-    if isinstance(value, list):
-        list.clear(value)
-        list.extend(value, items)
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         ordered = isinstance(value, collections.OrderedDict)
         base: Any = collections.OrderedDict if ordered else dict
         base.clear(value)
         for key, item in zip(shape.keys or (), items, strict=True):
             base.__setitem__(value, key, item)
-    elif isinstance(value, collections.deque):
-        value.clear()
-        value.extend(items)
+    elif isinstance(value, (list, collections.deque, set, bytearray, array.array)):
+        refill(value, items)
     _set_attributes(value, shape, children)
 
 
@@ -246,10 +293,13 @@ def flatten(value: Any) -> Flat:
     return Flat(leaves, spec, containers)
 
 
-def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
+def rebuild(
+    value: Any, replace: Callable[[Any], Any], keep: Callable[[Any], bool] = lambda _value: False
+) -> tuple[Any, list[Any]]:
     """A copy of `value` with `replace(leaf)` for each leaf, and its containers as in `flatten`.
 
-    An immutable container without containers or replaced leaves below it is still made anew.
+    An immutable container without containers or replaced leaves below it is still made anew. A
+    mutable one for which `keep` says so stays itself, with all that it holds.
     """
     containers: list[Any] = []
     made: dict[int, Any] = {}
@@ -265,6 +315,10 @@ def rebuild(value: Any, replace: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
         containers.append(None)
         if is_immutable(shape):
             copy = make_tuple(shape, [walk(c) for c in children])
+        elif keep(v):
+            copy = made[id(v)] = v
+            for child in children:
+                walk(child)
         else:
             copy = made[id(v)] = make(shape)
             fill(copy, shape, [walk(c) for c in children])

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import keyword
 import sys
 import threading
 import types
@@ -255,9 +256,9 @@ def table(n):
 
 
 def through_module(x):
-    import torch_lazy_ext_test_escapes
+    import keyword
 
-    torch_lazy_ext_test_escapes.kept = x + 1
+    keyword.kept = x + 1
     return x
 
 
@@ -299,7 +300,7 @@ PLACES: dict[str, tuple[Callable[..., Any], str]] = {
     "attribute of a Python module": (
         through_module,
         r"keeps the result of aten::add.Tensor \(at .*py:\d+\) in attribute `kept` of module "
-        "torch_lazy_ext_test_escapes,",
+        "keyword,",
     ),
     "container in a Python module": (thread_local, "in a list in attribute `torch_lazy_ext_test`"),
     "generator that has begun": (begun, "in the frame of begun.<locals>.generator, which has begun"),
@@ -311,9 +312,9 @@ if numpy is not None:
 
 class PlaceTest(unittest.TestCase):
     def setUp(self) -> None:
-        module = types.ModuleType("torch_lazy_ext_test_escapes")
-        sys.modules[module.__name__] = module
-        self.addCleanup(sys.modules.pop, module.__name__)
+        # Of a library: what a program writes to a module of its own is state.
+        module = keyword
+        self.addCleanup(vars(module).pop, "kept", None)
         self.addCleanup(threading.__dict__.pop, "torch_lazy_ext_test", None)
         self.addCleanup(doubled.cache_clear)
         self.module = module
@@ -331,9 +332,9 @@ class PlaceTest(unittest.TestCase):
 
     def test_argument_is_left_there(self):
         def program(x):
-            import torch_lazy_ext_test_escapes
+            import keyword
 
-            torch_lazy_ext_test_escapes.kept = x
+            keyword.kept = x
             return x + 1
 
         x = torch.ones(2)
@@ -345,10 +346,10 @@ class PlaceTest(unittest.TestCase):
         """It is a result, and so brought up to date; but not in the other place."""
 
         def program(x):
-            import torch_lazy_ext_test_escapes
+            import keyword
 
             y = x + 1
-            torch_lazy_ext_test_escapes.kept = y
+            keyword.kept = y
             return y
 
         with self.assertRaisesRegex(UnsupportedError, "in attribute `kept` of module"):
@@ -356,10 +357,10 @@ class PlaceTest(unittest.TestCase):
 
     def test_container_that_is_kept_as_well(self):
         def program(x):
-            import torch_lazy_ext_test_escapes
+            import keyword
 
             result = {"a": [x + 1]}
-            torch_lazy_ext_test_escapes.kept = result["a"]
+            keyword.kept = result["a"]
             return result
 
         with self.assertRaisesRegex(UnsupportedError, "keeps a list .* in attribute `kept` of mod"):
@@ -368,9 +369,9 @@ class PlaceTest(unittest.TestCase):
     @unittest.skipIf(numpy is None, "needs numpy")
     def test_array(self):
         def program(x):
-            import torch_lazy_ext_test_escapes
+            import keyword
 
-            torch_lazy_ext_test_escapes.kept = (x + 1).numpy()
+            keyword.kept = (x + 1).numpy()
             return x
 
         with self.assertRaisesRegex(UnsupportedError, "keeps a ndarray that it makes in"):

@@ -119,6 +119,30 @@ void Variant::add_tied(const py::object& slot, const py::object& other) {
   tied_.emplace_back(handle, state_.handle(other, k));
 }
 
+void Variant::set_identities(
+    const std::vector<std::pair<int64_t, py::object>>& objects,
+    const std::vector<int64_t>& known) {
+  has_identities_ = true;
+  for (const auto& [position, object] : objects) {
+    keep().append(object);
+    objects_[position] = object.ptr();
+  }
+  for (int64_t id : known) {
+    known_.insert(reinterpret_cast<PyObject*>(id));
+  }
+}
+
+bool Variant::has_identities(const Arguments& arguments) const {
+  for (size_t i = 0; i < arguments.containers.size(); ++i) {
+    PyObject* container = arguments.containers[i];
+    auto expected = objects_.find(static_cast<int64_t>(i));
+    if (expected == objects_.end() ? known_.count(container) != 0 : expected->second != container) {
+      return false;
+    }
+  }
+  return true;
+}
+
 void Variant::lift_argument(int64_t leaf) {
   lifted_.push_back({Source::Kind::Argument, leaf});
 }
@@ -132,6 +156,12 @@ void Variant::lift_slot(const py::object& slot, const py::object& tensor, Placem
        at::Tensor(),
        false,
        TensorGuard(tensor.ptr(), read)});
+}
+
+void Variant::add_tensor(const py::object& slot, const py::object& tensor, Placement read) {
+  Keep k = keep();
+  k.append(py::type::of(tensor));
+  seen_tensors_.emplace_back(state_.handle(slot, k), TensorGuard(tensor.ptr(), read));
 }
 
 void Variant::lift_number(const py::object& slot, int64_t element) {
@@ -284,8 +314,18 @@ std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwa
   Call call;
   call.args = py::reinterpret_borrow<py::object>(args);
   call.kwargs = py::reinterpret_borrow<py::object>(kwargs);
-  if (!arguments_->match(args.ptr(), kwargs.ptr(), call.arguments) || !state_.check()) {
+  if (!arguments_->match(args.ptr(), kwargs.ptr(), call.arguments) || !namespaces_.check() ||
+      !state_.check()) {
     return std::nullopt;
+  }
+  if (has_identities_ && !has_identities(call.arguments)) {
+    return std::nullopt;
+  }
+  for (const auto& [handle, guard] : seen_tensors_) {
+    PyObject* tensor = state_.current(handle);
+    if (!THPVariable_Check(tensor) || !guard.check(tensor)) {
+      return std::nullopt;
+    }
   }
   for (const auto& [a, b] : tied_) {
     if (state_.current(a) != state_.current(b)) {
@@ -733,6 +773,64 @@ void bind_call(py::module_& m) {
       .def("_add_value", &Variant::add_value)
       .def("_add_size", &Variant::add_size)
       .def("_add_order", &Variant::add_order)
+      .def("_add_tensor", &Variant::add_tensor)
+      .def("_set_identities", &Variant::set_identities)
+      .def(
+          "_add_code",
+          [](Variant& v,
+             const py::object& code,
+             const py::dict& globals,
+             bool library,
+             const py::anyset& skip,
+             py::set types) {
+            Keep k = v.keep();
+            v.namespaces().code(code, globals, library, skip, types, k);
+          })
+      .def(
+          "_add_names",
+          [](Variant& v,
+             const py::object& owner,
+             const py::anyset& names,
+             const py::anyset& places) {
+            Keep k = v.keep();
+            v.namespaces().names(owner, names, places, k);
+          })
+      .def(
+          "_add_entry",
+          [](Variant& v, const py::object& owner, const py::object& key) {
+            Keep k = v.keep();
+            v.namespaces().entry(owner.ptr(), key.ptr(), k);
+          })
+      .def(
+          "_add_function",
+          [](Variant& v, const py::object& function) {
+            Keep k = v.keep();
+            v.namespaces().function(function, k);
+          })
+      .def(
+          "_add_type_of",
+          [](Variant& v, const py::object& object) {
+            Keep k = v.keep();
+            v.namespaces().type_of(object, k);
+          })
+      .def(
+          "_add_bases",
+          [](Variant& v, const py::object& type) {
+            Keep k = v.keep();
+            v.namespaces().bases(type, k);
+          })
+      .def(
+          "_add_content",
+          [](Variant& v, const py::anyset& set) {
+            Keep k = v.keep();
+            v.namespaces().content(set, k);
+          })
+      .def(
+          "_add_getter",
+          [](Variant& v, const py::object& getter, const py::object& value) {
+            Keep k = v.keep();
+            v.namespaces().getter(getter, value, k);
+          })
       .def("_add_tied", &Variant::add_tied)
       .def("_lift_argument", &Variant::lift_argument)
       .def("_lift_slot", &Variant::lift_slot)

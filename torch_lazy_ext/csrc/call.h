@@ -4,6 +4,7 @@
 
 #include "compile.h"
 #include "guards.h"
+#include "namespaces.h"
 #include "record.h"
 #include "replay.h"
 
@@ -89,9 +90,17 @@ class Variant {
   // default.
   void set_surroundings(const Surroundings& surroundings, const py::list& function_modes);
   void add_value(const py::object& slot, const py::object& expected);
+  // Of a tensor in a slot that the graph does not read: what a program can tell of it without its
+  // data.
+  void add_tensor(const py::object& slot, const py::object& tensor, Placement read);
   void add_size(const py::object& container, Py_ssize_t size);
   void add_order(const py::object& dict, const py::list& keys);
   void add_tied(const py::object& slot, const py::object& other);
+  // Of the containers among the arguments (their positions), these are objects of the program's
+  // own state, and no other is one of `known`, whose ids these are.
+  void set_identities(
+      const std::vector<std::pair<int64_t, py::object>>& objects,
+      const std::vector<int64_t>& known);
   void lift_argument(int64_t leaf);
   void lift_slot(const py::object& slot, const py::object& tensor, Placement read);
   // A float in a slot, or an element of a tuple there.
@@ -118,12 +127,16 @@ class Variant {
   py::object program() const;
   void set_native_finish(const std::vector<SimpleWrite>& writes, const py::tuple& result);
 
+  // Guards on names: see NamespaceGuard.
+  NamespaceGuard& namespaces() { return namespaces_; }
+  Keep keep() const { return py::reinterpret_borrow<py::list>(keep_); }
+
   std::vector<int64_t> parameters;
   std::vector<at::Generator> generators;
 
  private:
-  Keep keep() const { return py::reinterpret_borrow<py::list>(keep_); }
   bool has_function_modes() const;
+  bool has_identities(const Arguments& arguments) const;
   bool gather(Call& call);
   bool is_apart(const Call& call) const;
   bool overlaps_in_part(const Call& call) const;
@@ -141,7 +154,12 @@ class Variant {
   std::vector<PyObject*> function_modes_; // borrowed
   std::optional<ArgumentGuard> arguments_;
   StateGuard state_;
+  NamespaceGuard namespaces_;
   std::vector<Source> lifted_;
+  std::vector<std::pair<int64_t, TensorGuard>> seen_tensors_; // handle
+  bool has_identities_ = false;
+  std::unordered_map<int64_t, PyObject*> objects_; // by position
+  std::unordered_set<PyObject*> known_; // never looked into: they may be gone
   std::vector<std::pair<int64_t, int64_t>> tied_;
   std::vector<std::pair<int64_t, int64_t>> same_objects_; // handle, leaf
   struct GradientGuard {

@@ -44,6 +44,8 @@ PyObject* item(PyObject* dict, PyObject* key) {
   return found;
 }
 
+} // namespace
+
 bool is_simple(PyObject* value) {
   static PyObject* types = from("torch_lazy_ext._tree", "SIMPLE_TYPES");
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
@@ -54,8 +56,6 @@ bool is_simple(PyObject* value) {
   }
   return false;
 }
-
-} // namespace
 
 bool same(PyObject* a, PyObject* b) {
   if (a == b) {

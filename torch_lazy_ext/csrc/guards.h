@@ -166,5 +166,7 @@ class StateGuard {
 
 // Two leaves of arguments or state as a program can tell them apart (_tree.same).
 bool same(PyObject* a, PyObject* b);
+// Whether it is of a type whose values `same` compares (_tree.SIMPLE_TYPES).
+bool is_simple(PyObject* value);
 
 } // namespace tle

@@ -4,6 +4,8 @@
 #include "compile.h"
 #include "lower.h"
 #include "methods.h"
+#include "namespaces.h"
+#include "ran.h"
 #include "record.h"
 #include "update.h"
 
@@ -371,6 +373,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("graph", &Program::graph);
+  bind_namespaces(m);
+  bind_ran(m);
   bind_call(m);
 
   bind_compile(m);

@@ -1,0 +1,185 @@
+"""Guards on what a program reads of Python: its state, and what the names in its code mean.
+
+`_lift.State` knows the containers and slots that the program can reach, `_code.Ran` the code that
+ran. Where a program finds things by names (globals, modules, classes, attributes), what its code
+names is guarded, and what no code names may change. Where it finds them otherwise (lists,
+dictionaries, sets), everything is.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_lazy_ext import _C, _code, _lift, _tree
+from torch_lazy_ext._relied import Relied
+
+# Settings that PyTorch keeps in C++, by the names of their getters: where code that ran names one,
+# it may have read it. (Gradient and inference mode, autocast, the default dtype, determinism and
+# the modes that are on are compared at each call: see csrc/guards.h.)
+SETTINGS = frozenset(
+    {"_get_cudnn_allow_tf32", "_get_cudnn_benchmark", "_get_cudnn_deterministic"}
+    | {"_get_cudnn_enabled", "_get_cublas_allow_tf32", "_get_deterministic_algorithms"}
+    | {"_get_deterministic_algorithms_warn_only", "_get_deterministic_fill_uninitialized_memory"}
+    | {"_get_float32_matmul_precision", "_get_mkldnn_enabled", "_get_nnpack_enabled"}
+    | {"_get_onednn_allow_tf32", "_get_qengine", "_get_warnAlways", "_is_multithreading_enabled"}
+    | {"_profiler_enabled", "get_num_interop_threads", "get_num_threads"}
+    | {"is_anomaly_check_nan_enabled", "is_anomaly_enabled", "is_autocast_cache_enabled"}
+)
+# What an attention looks at when it chooses its kernel, which is recorded.
+ATTENTION = ("_get_flash_sdp_enabled", "_get_math_sdp_enabled", "_get_mem_efficient_sdp_enabled")
+SETTINGS |= frozenset(ATTENTION)
+
+
+def guard(
+    variant: _C.Variant,
+    state: _lift.State,
+    ran: _code.Ran,
+    lifted: set[int],
+    placement: _C.Placement,
+) -> Relied:
+    """Let a variant compare at each call what the program read of Python.
+
+    Args:
+        lifted: ids of the tensors that the graph reads.
+    """
+    ran.dynamic = ran.dynamic or state.dynamic
+    state = state.reached(ran)
+    relied = Relied(state, ran)
+    _guard_state(variant, state, ran)
+    _guard_tensors(variant, state, ran, lifted, placement, relied)
+    _guard_code(variant, state, ran, relied)
+    state.forget()
+    return relied
+
+
+def _guard_state(variant: _C.Variant, state: _lift.State, ran: _code.Ran) -> None:
+    by_name: set[int] = set() if ran.dynamic else state.namespaces - state.unsized
+    for slot, value in state.values:
+        # Classes, and the attributes of objects, are guarded by names.
+        if not isinstance(slot.owner, type) and id(slot.owner) not in by_name:
+            variant._add_value(slot, value)
+    for container, before in state.containers:
+        if id(container) in by_name:
+            tensors = {k for k, v in before.items() if isinstance(v, torch.Tensor)}
+            variant._add_names(container, ran.names, tensors)
+        elif id(container) not in state.unsized:
+            size = _tree.length(container)
+            variant._add_size(container, size)
+            if isinstance(container, dict) and size > 1:
+                variant._add_order(container, list(container))
+            elif isinstance(container, _lift.PLAIN_CONTENTS):
+                _add_content(variant, container)
+    for array, _name in state.arrays:
+        _add_getter(variant, array.tobytes)
+    for local, _attributes in state.locals:
+        _add_getter(variant, _Keys(local, ran.names))
+    for value in state.objects:
+        if id(value) not in state.weak:  # this would keep it alive
+            variant._add_type_of(value)
+    for fn in state.bare:
+        variant._add_names(vars(fn), ran.names, set())
+
+
+class _Keys:
+    """Which attributes a threading.local has in this thread, of those that code names."""
+
+    def __init__(self, local: Any, names: frozenset[str]) -> None:
+        self._local = local
+        self._names = names
+
+    def __call__(self) -> tuple[str, ...]:
+        return tuple(sorted(k for k in vars(self._local) if k in self._names))
+
+
+def _add_getter(variant: _C.Variant, getter: Callable[[], Any]) -> None:
+    variant._add_getter(getter, getter())
+
+
+def _add_content(variant: _C.Variant, container: Any) -> None:
+    if isinstance(container, set):
+        variant._add_content(container)
+    else:
+        _add_getter(variant, lambda: bytes(container))
+
+
+def _guard_tensors(
+    variant: _C.Variant,
+    state: _lift.State,
+    ran: _code.Ran,
+    lifted: set[int],
+    placement: _C.Placement,
+    relied: Relied,
+) -> None:
+    """Guards on the tensors of which the program may have read only what they are like."""
+    everything = ran.dynamic or ran.goes_through
+    by_name = state.namespaces | state.registries
+    for tensor, slots in state.tensors.values():
+        if ran.dynamic and not tensor.__dict__ and not isinstance(slots[0], _lift.NumberSlot):
+            variant._add_names(tensor.__dict__, ran.names, set())
+        if id(tensor) in lifted or isinstance(slots[0], _lift.NumberSlot):
+            continue
+        read = [
+            slot
+            for slot in slots
+            if everything or id(slot.owner) not in by_name or slot.key in ran.names
+        ]
+        for slot in read:
+            variant._add_tensor(slot, tensor, placement)
+            relied.tensors.append((slot, f"{tensor.dtype}{list(tensor.shape)}"))
+        for other in read[1:]:
+            variant._add_tied(read[0], other)
+
+
+def _guard_code(variant: _C.Variant, state: _lift.State, ran: _code.Ran, relied: Relied) -> None:
+    found: set[Any] = set()
+    types: set[type] = set()
+    known: set[int] = set()
+    for entry in ran.entries:
+        if id(entry.code) not in known:
+            known.add(id(entry.code))
+            variant._add_code(entry.code, entry.globals, entry.library, ran.kept_by(entry), found)
+        if entry.first is not None:
+            types.add(entry.first)
+        if entry.function is not None:
+            variant._add_function(entry.function)
+    for value in found:
+        if isinstance(value, type):
+            types.add(value)
+        elif isinstance(value, contextvars.ContextVar):
+            _add_getter(variant, functools.partial(value.get, _lift.MISSING))
+        elif value.__name__ in SETTINGS:
+            _add_getter(variant, value)
+            relied.settings.append((f"{value.__name__}()", repr(value())))
+        elif value.__name__ == "scaled_dot_product_attention":
+            for name in ATTENTION:
+                _add_getter(variant, getattr(torch._C, name))
+    if any(entry.first is torch.backends.ContextProp for entry in ran.entries):
+        # `torch.backends.mkldnn.enabled` and its like: which one, no name tells.
+        for name in sorted(SETTINGS & vars(torch._C).keys()):
+            getter = getattr(torch._C, name)
+            _add_getter(variant, getter)
+            relied.settings.append((f"{name}()", repr(getter())))
+    types |= state.types.keys()
+    types |= {type(value) for value in state.objects}
+    done: set[type] = set()
+    for cls in types:
+        if not _code.is_library(cls):
+            variant._add_bases(cls)
+        metaclass: type = type(cls)
+        for base in (*cls.__mro__, *metaclass.__mro__):
+            if base not in done:
+                done.add(base)
+                variant._add_names(base, ran.names, set())
+    if any(entry.first is _lift.ENVIRONMENT for entry in ran.entries):
+        environment: Any = os.environ
+        content: dict[Any, Any] = environment._data
+        variant._add_size(content, len(content))
+        for key, setting in content.items():
+            variant._add_value(_lift.Slot(content, key, "os.environ"), setting)
+        relied.settings.append(("os.environ", f"{len(content)} variables"))

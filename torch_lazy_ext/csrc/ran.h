@@ -1,0 +1,77 @@
+// Stage "record": which Python code runs while a program is recorded, library code included.
+#pragma once
+
+#include <Python.h>
+
+#include <c10/util/flat_hash_map.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <vector>
+
+namespace tle {
+
+namespace py = pybind11;
+
+// What a code object reads and writes by name, as a tuple of Python objects that the code object
+// keeps: see the fields of _code.Names.
+enum class NameField : uint8_t { Chains, Stored, Attributes, StoredAttributes, Imports, Strings };
+py::tuple names_of(PyObject* code);
+
+// Notes each code object that starts in this thread between `start` and `stop`. Where the layout of
+// frames is known, by the function that evaluates frames (PEP 523), which costs tens of nanoseconds
+// a call; else by the profile function of the thread. A profiler that the thread has goes on.
+class Ran {
+ public:
+  struct Entry {
+    py::object code;
+    py::object globals;
+    py::object first; // the type of the first argument, or null
+    py::object function; // a weak reference, or null: unknown, or made by code that ran
+    bool library;
+  };
+  // `libraries`: first parts of module names. `own`: those of nobody's interest.
+  // `entered(code, function, globals)` is called before other code than a library's runs for the
+  // first time.
+  Ran(py::anyset libraries, py::anyset own, py::object entered)
+      : libraries_(std::move(libraries)), own_(std::move(own)), entered_(std::move(entered)) {}
+  Ran(const Ran&) = delete;
+  Ran& operator=(const Ran&) = delete;
+
+  void start();
+  // Raises what `entered` raised. False: the program has put another profile function in place.
+  bool stop();
+  // Borrowed; function, globals and first argument may be null.
+  void called(PyObject* code, PyObject* function, PyObject* globals, PyObject* first) noexcept;
+
+  std::vector<Entry> entries;
+
+ private:
+  struct Key {
+    void *code, *function, *type;
+    bool operator==(const Key& o) const {
+      return code == o.code && function == o.function && type == o.type;
+    }
+  };
+  struct Hash {
+    size_t operator()(const Key& k) const {
+      auto mix = [](void* p) { return reinterpret_cast<size_t>(p) >> 4; };
+      return (mix(k.code) * 31 + mix(k.function)) * 31 + mix(k.type);
+    }
+  };
+  enum class Origin : uint8_t { Own, Library, User };
+  void note(PyObject* code, PyObject* function, PyObject* globals, PyObject* first);
+  Origin origin(PyObject* globals);
+
+  py::anyset libraries_, own_;
+  py::object entered_;
+  ska::flat_hash_set<Key, Hash> seen_;
+  ska::flat_hash_set<void*> inner_; // code objects that are constants of code that ran
+  ska::flat_hash_map<void*, Origin> origins_; // of globals
+  Ran* outer_ = nullptr;
+  bool busy_ = false;
+  std::exception_ptr error_;
+};
+
+void bind_ran(py::module_& m);
+
+} // namespace tle
