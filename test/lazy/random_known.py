@@ -47,95 +47,10 @@ class Known(NamedTuple):
 
 
 KNOWN = {
-    "hook_inside": Known(
-        r"(self\.\w+|\b[abc]|\bv\d+)\.(register_hook|register_post|retain_grad)",
-        "hooks that the program registers on tensors of the caller are not there after a call",
-        "a.register_hook(lambda g: g * 2); return (a * 3).sum()",
-    ),
-    "gradient_inside": Known(
-        r"autograd\.grad\(",
-        "torch.autograd.grad with respect to what the program was given finds no path to it",
-        "return torch.autograd.grad((self.w * a).sum(), self.w)[0]",
-    ),
-    "backward_inside": Known(
-        r"\.backward\(",
-        "backward() inside of the program: inputs=, and what is left of the graph of the results",
-        "(a * self.w).sum().backward(inputs=[self.w]); return a * 1",
-    ),
-    "leaf_made_inside": Known(
-        r"requires_grad_\(\)|requires_grad=True|nn\.Parameter\(",
-        "a leaf that the program makes is none in the result",
-        "return torch.tensor([1.0, 2.0], requires_grad=True) * 2",
-    ),
-    "requires_grad_inside": Known(
-        r"requires_grad_\(False\)|\.detach_\(\)",
-        "requires_grad of an argument that the program changes is not what eager leaves",
-        "a.detach_(); return a * self.w",
-    ),
-    "vector_to_parameters": Known(
-        r"vector_to_parameters",
-        "parameters whose data are views of one vector",
-        "nn.utils.vector_to_parameters(torch.arange(9.0), [self.w, self.b]); return a * self.w",
-    ),
-    "deepcopy_of_a_leaf": Known(
-        r"copy\.(deep)?copy\(",
-        "a copy of an argument that requires grad is a leaf without a history in ours",
-        "return copy.deepcopy(a) * 2",
-    ),
-    "base_of_a_result": Known(
-        "",
-        "a result that requires grad and is a view in eager is none in ours",
-        "return (a * 1).view(-1)",
-    ),
-    "only_a_backward_would_fail": Known(
-        "",
-        "an error that only a backward would raise is raised by the extraction",
-        "v = a + 1; v.floor_divide_(2); return v",
-        derive=0,
-    ),
-    "aliased_arguments": Known(
-        "",
-        "of two arguments that are views of one tensor with a history, one is written to",
-        "b[0] = 0",
-        inputs="a = a * 1; b = a[:1]",
-    ),
-    "no_second_derivative": Known(
-        "",
-        "create_graph=True of a result whose backward cannot be differentiated",
-        "return a + 2",
-        derive=5,
-    ),
-    "versions_in_inference_mode": Known(
-        r"inference_mode",
-        "version counters of normal tensors that are written to in inference mode",
-        "self.s.data.add_(1)",
-        ambient="torch.inference_mode()",
-    ),
-    "grad_mode_switched_on": Known(
-        r"(?s)(no_grad|inference_mode)\(\).*(enable_grad|set_grad_enabled)",
-        "a program that switches grad mode on, called where it is off",
-        "torch.set_grad_enabled(True); return a * self.w",
-        ambient="torch.no_grad()",
-    ),
-    "gradients_share_memory": Known(
-        r"parameters_to_vector",
-        "gradients that are parts of one tensor share its memory in ours",
-        "return nn.utils.parameters_to_vector([self.w, self.b]).squeeze().unsqueeze(0)",
-    ),
-    "functorch": Known(
-        r"torch\.func\.|functional\.jvp",
-        "gradients through torch.func inside of the program",
-        "return torch.func.jacrev(lambda t: t * t)(a)",
-    ),
     "custom_function": Known(
         r"(Same|View|Dirty|Saves)\.apply",
         "custom autograd.Functions that return views or their arguments",
         "v = View.apply(a); return v[:1], v",
-    ),
-    "reentrant_checkpoint": Known(
-        r"use_reentrant=True",
-        "checkpoint(use_reentrant=True) is incompatible with how the backward is captured",
-        "return checkpoint(lambda t: t.sin() * 2, a, use_reentrant=True)",
     ),
     "class_attribute_written": Known(
         r"type\(self\)\.scale = ",
