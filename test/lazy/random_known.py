@@ -116,10 +116,5 @@ KNOWN = {
         "return a * self.t.shape[0]",
         "p.t = torch.ones(7)",
     ),
-    "lazy_result": Known(
-        r"return (iter|zip|\(t \*|lambda|functools\.partial)",
-        "a result that is called or iterated later holds tensors of the capture",
-        "return iter([a, a])",
-    ),
 }
 PATTERNS = {name: re.compile(known.pattern) for name, known in KNOWN.items() if known.pattern}
