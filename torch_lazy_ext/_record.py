@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import importlib
 import itertools
 import sys
 import threading
@@ -27,6 +28,7 @@ from torch_lazy_ext import (
     _collectives,
     _escapes,
     _generators,
+    _higher_order,
     _lift,
     _moving,
     _optimizers,
@@ -348,9 +350,18 @@ class Capture:
     def seed(self, func: Any) -> int:
         raise _generators.unrepeatable("torch.seed")
 
-    def cond(self, func: Any, pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
-        # What it does in the end; compiling the branches is nothing that a graph could hold.
-        return (true_fn if pred else false_fn)(*operands)
+    def higher_order(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return _higher_order.dispatch(func, *args, **kwargs)
+
+    def uncompiled(self, func: Any, callback: Any) -> Any:
+        return _higher_order.uncompiled(func, callback)
+
+    def compile(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if _higher_order.dynamo() is None:
+            self._standalone(importlib.import_module, "torch._dynamo.eval_frame")
+            with Capture._lock:
+                _replace_dynamo()
+        return func(*args, **kwargs)
 
     def functionalize(self, func: Any, function: Any, *, remove: str = "mutations") -> Any:
         return function  # a capture is functional, and gives the same results
@@ -836,7 +847,10 @@ def _install() -> None:
     replace(torch, "__getattr__", _attribute(torch.__getattr__))
     replace(torch, "default_generator", None)
     del torch.default_generator  # which leaves it to __getattr__
-    replace(torch, "cond", _function(torch.cond, Capture.cond))
+    operator = torch._ops.HigherOrderOperator
+    replace(operator, "dispatch", _function(operator.dispatch, Capture.higher_order))
+    replace(torch, "compile", _function(torch.compile, Capture.compile))
+    _replace_dynamo()
     replace(torch.func, "functionalize", _function(torch.func.functionalize, Capture.functionalize))
     for name in _FUSED:
         replace(torch, name, _function(getattr(torch, name), Capture.fused))
@@ -878,6 +892,15 @@ def _install() -> None:
             if name in vars(owner)
         }
     )
+
+
+def _replace_dynamo() -> None:
+    """TorchDynamo is imported when something is compiled for the first time."""
+    frames = _higher_order.dynamo()
+    if frames is not None and not any(owner is frames for owner, _name, _before in _replaced):
+        original = frames._callback_from_stance
+        _replaced.append((frames, "_callback_from_stance", original))
+        frames._callback_from_stance = _function(original, Capture.uncompiled)
 
 
 def _remove() -> None:
