@@ -17,6 +17,7 @@ import torch
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator
 
+
 def dispatch(
     func: Callable[..., Any],
     operator: HigherOrderOperator,
@@ -33,7 +34,7 @@ def dispatch(
 
 
 def uncompiled(func: Callable[..., Any], callback: Any) -> None:
-    """Answer TorchDynamo's question what compiles the frames of a compiled function: nothing does."""
+    """Answer TorchDynamo's question what compiles the frames of a compiled function: nothing."""
     frames = dynamo()
     count = getattr(frames, "set_fullgraph_compiled_frame_count", None)
     if count is not None:

@@ -514,6 +514,17 @@ class Capture:
         copied: torch.Tensor = memo[id(tensor)]
         return copied
 
+    def copy(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
+        # A new leaf over the same memory, with a version counter of its own.
+        twin = self.recorder.twin_of(tensor)
+        made = vars(torch._C.TensorBase)["data"].__get__(twin)
+        if isinstance(tensor, torch.nn.Parameter):
+            made = torch.nn.Parameter(made, tensor.requires_grad)
+        else:
+            made.requires_grad_(tensor.requires_grad)
+        made.__dict__.update(tensor.__dict__)
+        return made
+
     def collective(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.owns(tensor):
             return func(tensor, *args, **kwargs)
@@ -578,6 +589,16 @@ def _any_tensor(data: Any) -> bool:
     if isinstance(data, (list, tuple)):
         return any(map(_any_tensor, data))
     return isinstance(data, torch.Tensor)
+
+
+def _rebuilt(tensor: torch.Tensor) -> Any:
+    """What `copy.copy` makes of a tensor that no capture knows."""
+    rebuild, args = tensor.__reduce_ex__(4)[:2]
+    return rebuild(*args)
+
+
+def _any_tensor_in_list(data: Any) -> bool:
+    return not isinstance(data, torch.Tensor) and _any_tensor(data)
 
 
 def _address(array: Any) -> int:
@@ -680,6 +701,7 @@ _TENSOR = torch.tensor
 _FROM_DATA = [
     (torch, "tensor"),
     (torch.Tensor, "new_tensor"),
+    (torch.Tensor, "new"),
 ]
 _FROM_ARRAY = {
     "from_numpy": Capture.from_array,
@@ -729,6 +751,22 @@ _hook(torch._C.TensorBase, "tolist", Capture.read)
 _hook(torch._C.TensorBase, "numpy", Capture.read)
 _hook(torch._C.TensorBase, "data_ptr", Capture.refuse)
 _hook(torch._C._FunctionBase, "apply", Capture.apply)
+
+
+def _hook_legacy_constructors() -> None:
+    """`torch.LongTensor([t, 3])`, `torch.Tensor([t])`: C++ code reads the tensors in lists."""
+
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        capture = getattr(_running, "capture", None)
+        if capture is None or not any(map(_any_tensor_in_list, args)):
+            return NotImplemented
+        return cls(*map(capture.numbers, args), **kwargs)
+
+    for metaclass in (type(torch.Tensor), type(torch.LongTensor)):
+        _C.hook_calls(metaclass, call)
+
+
+_hook_legacy_constructors()
 
 
 def _property(original: Any, getter: Any, setter: Any) -> property:
@@ -832,6 +870,7 @@ def _install() -> None:
 
     for name, handler in _METHODS.items():
         replace(torch.Tensor, name, _method(getattr(torch.Tensor, name), handler))
+    replace(torch.Tensor, "__copy__", _method(_rebuilt, Capture.copy))
     for name, (getter, setter) in _PROPERTIES.items():
         replace(torch.Tensor, name, _property(getattr(torch.Tensor, name), getter, setter))
     for name, handler in _GETTERS.items():

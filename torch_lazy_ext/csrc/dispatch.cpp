@@ -570,7 +570,8 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
 // The optimizers' fused kernels. Their float arguments may be numbers that the graph computes,
 // which PyTorch's kernels on the way (autograd, functionalization) would ask for their values.
 bool is_fused(const c10::OperatorHandle& op) {
-  return op.schema().is_mutable() && op.schema().name().rfind("aten::_fused_", 0) == 0;
+  const std::string& name = op.schema().name();
+  return name.rfind("aten::_fused_", 0) == 0 && name.back() == '_';
 }
 
 // Writes to its arguments, and functionalization knows no variant that does not, or one that
@@ -661,6 +662,11 @@ struct Written {
   bool out; // it gets the shape of the result
 };
 
+// Give a tensor that they write to another shape by their own decision, as with `out=`.
+const std::unordered_set<std::string> resizing = {
+    "aten::fused_moving_avg_obs_fake_quant",
+    "aten::_fused_moving_avg_obs_fq_helper"};
+
 std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
   std::vector<Written> out;
   const c10::FunctionSchema& schema = op.schema();
@@ -689,7 +695,8 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
       continue;
     }
     const IValue& v = stack[begin + i];
-    const bool out_argument = schema.arguments()[i].kwarg_only();
+    const bool out_argument =
+        schema.arguments()[i].kwarg_only() || resizing.count(schema.name()) != 0;
     if (v.isTensor()) {
       add(v.toTensor(), out_argument);
     } else if (v.isTensorList()) {

@@ -441,6 +441,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         hook_method(method.ptr(), handler.ptr());
       },
       "Let calls of a method in a capturing thread ask `handler` first.");
+  m.def(
+      "hook_calls",
+      [](const py::type& metaclass, const py::object& handler) {
+        hook_calls(reinterpret_cast<PyTypeObject*>(metaclass.ptr()), handler.ptr());
+      },
+      "Let calls of the classes of a metaclass in a capturing thread ask `handler` first.");
   m.def("whole_storage", [](const at::Tensor& t) { return whole_storage(t); });
   m.def("unsupported_kind", &unsupported_kind);
   m.def(

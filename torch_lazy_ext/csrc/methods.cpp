@@ -2,8 +2,10 @@
 
 #include "record.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
+#include <vector>
 
 namespace tle {
 
@@ -87,7 +89,34 @@ PyCFunction function_for(size_t index, int convention, std::index_sequence<I...>
   }
 }
 
+// What calls the classes that are instances of a metaclass.
+struct CallHook {
+  PyTypeObject* metaclass;
+  ternaryfunc original;
+  PyObject* handler;
+};
+
+std::vector<CallHook> call_hooks; // written once, when the package is imported
+
+PyObject* call_class(PyObject* cls, PyObject* args, PyObject* kwargs) {
+  const auto hook = std::find_if(call_hooks.begin(), call_hooks.end(), [&](const CallHook& h) {
+    return PyObject_TypeCheck(cls, h.metaclass);
+  });
+  PyObject* answer = ask({nullptr, hook->handler}, cls, args, kwargs);
+  if (answer != Py_NotImplemented) {
+    return answer;
+  }
+  Py_DECREF(answer);
+  return hook->original(cls, args, kwargs);
+}
+
 } // namespace
+
+void hook_calls(PyTypeObject* metaclass, PyObject* handler) {
+  Py_INCREF(handler); // for the life of the process
+  call_hooks.push_back({metaclass, metaclass->tp_call, handler});
+  metaclass->tp_call = &call_class;
+}
 
 void hook_method(PyObject* method, PyObject* handler) {
   TORCH_CHECK(

@@ -340,7 +340,7 @@ bool Recorder::is_liftable(const at::Tensor& t) const {
   if (!t.defined() || is_wrapped_number(t) || as_capture(t) != nullptr) {
     return false;
   }
-  if (fi::isFunctionalTensor(t) || t.is_meta() ||
+  if (fi::isFunctionalTensor(t) ||
       t.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks)) {
     return false;
   }
@@ -390,6 +390,17 @@ struct Given : public torch::autograd::Node {
   }
 };
 
+// A node of autograd, counted as this release of PyTorch counts them: by themselves, or before 2.12
+// by a std::shared_ptr.
+template <class N>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, N>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::shared_ptr<N>(new N(), torch::autograd::deleteNode);
+  }
+}
+
 } // namespace
 
 at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
@@ -414,7 +425,7 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
       source = twin.requires_grad_(true);
     } else if (tensor.requires_grad()) {
       source = make_tensor({n->id, 0}, /*wrap_functional=*/true).requires_grad_(true);
-      auto history = c10::make_intrusive<Given>();
+      auto history = make_node<Given>();
       history->add_next_edge(torch::autograd::impl::gradient_edge(source));
       torch::autograd::set_history(twin, history);
     }
