@@ -42,13 +42,20 @@ class ControlFlowTest(unittest.TestCase):
     """By name or as an attribute of torch, with and without gradients: the operators of a body."""
 
 
+WAYS = {"cond": 2, "torch_cond": 2, "cond_of_cond": 3}  # each branch is a graph
+
 for _name, _program in PROGRAMS.items():
-    setattr(ControlFlowTest, f"test_{_name}", makefunctiontest(_program, tensors((2, 3))))
+    _captures = WAYS.get(_name, 1)
+    setattr(
+        ControlFlowTest,
+        f"test_{_name}",
+        makefunctiontest(_program, tensors((2, 3)), captures=_captures),
+    )
     if _name != "while_loop":
         setattr(
             ControlFlowTest,
             f"test_{_name}_with_gradients",
-            makefunctiontest(_program, with_gradients((2, 3))),
+            makefunctiontest(_program, with_gradients((2, 3)), captures=_captures),
         )
 
 CAUSAL = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cpu")
@@ -66,28 +73,7 @@ class FlexAttentionTest(unittest.TestCase):
     )
 
 
-class Compiled(nn.Module):
-    """Holds a compiled function and a compiled module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-        self.inner = torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), backend="eager")
-        self.function = torch.compile(lambda x: x.sin() * 2, backend="eager", fullgraph=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.linear(x)) + self.inner(x)
-
-
-class CompileInside(nn.Module):
-    """Compiles while it runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.compile(self.linear, backend="eager")(x) * 2
+INNER = torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), backend="eager")
 
 
 @torch.compile(backend="eager")
@@ -95,12 +81,20 @@ def branching(x: Tensor) -> Tensor:
     return x.sin() if x.sum() > 0 else x - 1
 
 
+@torch.compile(backend="eager", fullgraph=True)
+def whole(x: Tensor) -> Tensor:
+    return x.sin() * 2
+
+
 class CompiledFunctionTest(unittest.TestCase):
     """A function of torch.compile in the program is recorded as it was before it was compiled."""
 
-    test_module = maketest(Compiled, tensors((2, 3)))
-    test_compiled_inside = maketest(CompileInside, tensors((2, 3)))
-    test_branch = makefunctiontest(lambda x: branching(x) + 1, tensors((2, 3)))
+    test_module = makefunctiontest(lambda x: INNER(x) * 2, tensors((2, 3)))
+    test_full_graph = makefunctiontest(lambda x: whole(x) + whole(-x), tensors((2, 3)))
+    test_compiled_inside = makefunctiontest(
+        lambda x: torch.compile(torch.cos, backend="eager")(x) * 2, tensors((2, 3))
+    )
+    test_branch = makefunctiontest(lambda x: branching(x) + 1, tensors((2, 3)), captures=2)
 
     def test_compiles_again_afterwards(self) -> None:
         """What the capture switched off is on again, and nothing of it stays in the compiler."""
@@ -132,7 +126,7 @@ class QuantizationAwareTest(unittest.TestCase):
             module.qconfig = get_default_qat_qconfig("fbgemm")
             return prepare_qat(module)
 
-        maketest(make, inputs)(self)
+        maketest(make, inputs, captures=2)(self)  # the first call gives shapes to the observers
 
     def test_first_module(self) -> None:
         self.check(tensors((4, 4)))
@@ -167,9 +161,14 @@ class LegacyConstructorTest(unittest.TestCase):
     test_integers = makefunctiontest(
         lambda x: torch.LongTensor([x.max(), 3]) * x, lambda: (torch.randint(0, 9, (3,)),)
     )
-    test_floats = makefunctiontest(lambda x: torch.FloatTensor([[x[0], 3.0]]) + 1, tensors((3,)))
-    test_tensor = makefunctiontest(lambda x: torch.Tensor([x[0], x[1]]) + x[:2], tensors((3,)))
-    test_new = makefunctiontest(lambda x: x.new([x[0], 1.0]) + x[1:], tensors((3,)))
+    # What is read is guarded.
+    test_floats = makefunctiontest(
+        lambda x: torch.FloatTensor([[x[0], 3.0]]) + 1, tensors((3,)), captures=4
+    )
+    test_tensor = makefunctiontest(
+        lambda x: torch.Tensor([x[0], x[1]]) + x[:2], tensors((3,)), captures=4
+    )
+    test_new = makefunctiontest(lambda x: x.new([x[0], 1.0]) + x[1:], tensors((3,)), captures=4)
     test_sizes = makefunctiontest(lambda x: torch.FloatTensor(2, 3).fill_(1) * x, tensors((3,)))
 
 

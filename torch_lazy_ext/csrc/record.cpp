@@ -397,7 +397,7 @@ auto make_node() {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, N>) {
     return c10::make_intrusive<N>();
   } else {
-    return std::shared_ptr<N>(new N(), torch::autograd::deleteNode);
+    return std::make_shared<N>();
   }
 }
 
