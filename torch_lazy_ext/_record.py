@@ -517,7 +517,7 @@ class Capture:
     def copy(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         # A new leaf over the same memory, with a version counter of its own.
         twin = self.recorder.twin_of(tensor)
-        made = vars(torch._C.TensorBase)["data"].__get__(twin)
+        made: torch.Tensor = vars(torch._C.TensorBase)["data"].__get__(twin)
         if isinstance(tensor, torch.nn.Parameter):
             made = torch.nn.Parameter(made, tensor.requires_grad)
         else:

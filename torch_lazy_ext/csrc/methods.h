@@ -11,8 +11,8 @@ namespace tle {
 // the method from before are no way around. For the life of the process.
 void hook_method(PyObject* method, PyObject* handler);
 
-// The same for calls of the classes that `metaclass` makes: `handler(cls, *args, **kwargs)`. Not for
-// those of a metaclass derived from it.
+// The same for calls of the classes that `metaclass` makes: `handler(cls, *args, **kwargs)`. Not
+// for those of a metaclass derived from it.
 void hook_calls(PyTypeObject* metaclass, PyObject* handler);
 
 } // namespace tle
