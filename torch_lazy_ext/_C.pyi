@@ -37,6 +37,7 @@ __all__: list[str] = [
     "cut",
     "drop_hooks",
     "has_tangent",
+    "hook_calls",
     "hook_method",
     "hooks_of",
     "is_capture_tensor",
@@ -405,6 +406,11 @@ def drop_hooks(arg0: torch.Tensor) -> None:
 def has_tangent(arg0: torch.Tensor) -> bool:
     """
     Whether a tensor has a tangent of forward-mode AD.
+    """
+
+def hook_calls(arg0: type, arg1: typing.Any) -> None:
+    """
+    Let calls of the classes of a metaclass in a capturing thread ask `handler` first.
     """
 
 def hook_method(arg0: typing.Any, arg1: typing.Any) -> None:

@@ -176,14 +176,17 @@ ENTRIES: tuple[Entry, ...] = (
         "test_randomness",
         "(name)",
     ),
+    Entry(_BASE, "new", "method", "replaced: reads data in lists", "test_higher_order"),
     Entry(
-        "torch",
-        "cond",
+        "torch._ops.HigherOrderOperator",
+        "dispatch",
         "function",
-        "replaced: the branch taken is part of the graph",
-        _DATA,
-        "(pred, true_fn, false_fn, operands=)",
+        "replaced: what the operator computes in the end is part of the graph",
+        "test_higher_order",
+        "(self, dispatch_key, *args, **kwargs)",
+        "torch._ops.HigherOrderOperator.__call__",
     ),
+    Entry("torch", "compile", "function", "replaced: TorchDynamo is imported", "test_higher_order"),
     Entry(
         "torch.func",
         "functionalize",
@@ -435,6 +438,19 @@ FUNCTIONAL_COLLECTIVES: tuple[Entry, ...] = (
     ),
 )
 
+# Looked at when something has been compiled.
+DYNAMO: tuple[Entry, ...] = (
+    Entry(
+        "torch._dynamo.eval_frame",
+        "_callback_from_stance",
+        "function",
+        "replaced: a compiled function is recorded as it was before",
+        "test_higher_order",
+        "(callback)",
+        "torch._dynamo.eval_frame._TorchDynamoContext.__call__",
+    ),
+)
+
 # Looked at when Inductor is asked for first.
 INDUCTOR: tuple[Entry, ...] = tuple(
     Entry(place, name, kind, use, "test_backends", parameters)
@@ -664,7 +680,7 @@ def check_once(entries: tuple[Entry, ...]) -> None:
 
 
 def every() -> tuple[Entry, ...]:
-    return ENTRIES + DISTRIBUTED + FUNCTIONAL_COLLECTIVES + INDUCTOR
+    return ENTRIES + DISTRIBUTED + FUNCTIONAL_COLLECTIVES + DYNAMO + INDUCTOR
 
 
 def table() -> str:

@@ -936,6 +936,8 @@ def _install() -> None:
 def _replace_dynamo() -> None:
     """TorchDynamo is imported when something is compiled for the first time."""
     frames = _higher_order.dynamo()
+    if frames is not None:
+        _private.check_once(_private.DYNAMO)
     if frames is not None and not any(owner is frames for owner, _name, _before in _replaced):
         original = frames._callback_from_stance
         _replaced.append((frames, "_callback_from_stance", original))

@@ -16,6 +16,7 @@ import unittest
 from pathlib import Path
 
 import torch
+import torch._dynamo.eval_frame
 import torch._inductor.codegen.cpp_wrapper_cpu
 import torch._inductor.compile_fx
 import torch._inductor.freezing
@@ -29,7 +30,7 @@ if torch.distributed.is_available():
     importlib.import_module("torch.distributed._functional_collectives")
     ENTRIES = _private.every()
 else:
-    ENTRIES = _private.ENTRIES + _private.INDUCTOR
+    ENTRIES = _private.ENTRIES + _private.DYNAMO + _private.INDUCTOR
 
 
 class Impostor:
