@@ -19,7 +19,11 @@ from torch import nn
 
 from torch_lazy_ext import _C
 
-OWN = frozenset({"torch_lazy_ext"})
+# Code that is none of the program's: what it reads, and counts, decides nothing of the graph.
+# TorchDynamo compiles nothing while a program is recorded (`_higher_order.py`).
+OWN = frozenset(
+    {"torch_lazy_ext", "torch._dynamo", "torch._inductor", "torch.utils._config_module"}
+)
 # Their functions are not looked into for state of the program; what they name is guarded all the
 # same when they run.
 LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "torch_lazy_ext"}

@@ -302,11 +302,15 @@ Ran::Origin Ran::origin(PyObject* globals) {
   Origin origin = Origin::User;
   PyObject* name = PyDict_GetItemString(globals, "__name__");
   if (name != nullptr && PyUnicode_Check(name)) {
-    const py::object root = py::list(py::handle(name).attr("partition")("."))[0];
-    if (own_.contains(root)) {
-      origin = Origin::Own;
-    } else if (libraries_.contains(root)) {
-      origin = Origin::Library;
+    // The whole name, and then the names of the packages that it is in.
+    for (py::object part = py::reinterpret_borrow<py::object>(name);
+         py::len(part) != 0 && origin == Origin::User;
+         part = part.attr("rpartition")(".")[py::int_(0)]) {
+      if (own_.contains(part)) {
+        origin = Origin::Own;
+      } else if (libraries_.contains(part)) {
+        origin = Origin::Library;
+      }
     }
   }
   origins_[globals] = origin;

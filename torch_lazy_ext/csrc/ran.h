@@ -29,7 +29,7 @@ class Ran {
     py::object function; // a weak reference, or null: unknown, or made by code that ran
     bool library;
   };
-  // `libraries`: first parts of module names. `own`: those of nobody's interest.
+  // Names of modules and packages: `libraries`, and `own`, which are of nobody's interest.
   // `entered(code, function, globals)` is called before other code than a library's runs for the
   // first time.
   Ran(py::anyset libraries, py::anyset own, py::object entered)
