@@ -325,9 +325,11 @@ def rebuild(
         containers[position] = copy
         return copy
 
-    result = walk(value)
-    made.clear()  # `walk` holds itself, and with it this, until it is collected
-    return result, containers
+    result, found = walk(value), list(containers)
+    # `walk` holds itself, and with it these, until it is collected.
+    made.clear()
+    containers.clear()
+    return result, found
 
 
 def is_array(value: Any) -> bool:
