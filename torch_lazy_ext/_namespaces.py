@@ -31,6 +31,8 @@ SETTINGS = frozenset(
     | {"_profiler_enabled", "get_num_interop_threads", "get_num_threads"}
     | {"is_anomaly_check_nan_enabled", "is_anomaly_enabled", "is_autocast_cache_enabled"}
 )
+# Special names that Python puts into a class when somebody first asks (copyreg, annotations).
+MADE_LATER = frozenset({"__slotnames__", "__annotations__", "__annotations_cache__"})
 # What an attention looks at when it chooses its kernel, which is recorded.
 ATTENTION = ("_get_flash_sdp_enabled", "_get_math_sdp_enabled", "_get_mem_efficient_sdp_enabled")
 SETTINGS |= frozenset(ATTENTION)
@@ -175,7 +177,7 @@ def _guard_code(variant: _C.Variant, state: _lift.State, ran: _code.Ran, relied:
         for base in (*cls.__mro__, *metaclass.__mro__):
             if base not in done:
                 done.add(base)
-                variant._add_names(base, ran.names, set())
+                variant._add_names(base, ran.names, MADE_LATER)
     if any(entry.first is _lift.ENVIRONMENT for entry in ran.entries):
         environment: Any = os.environ
         content: dict[Any, Any] = environment._data

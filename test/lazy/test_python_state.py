@@ -10,6 +10,7 @@ import array
 import collections
 import contextlib
 import contextvars
+import copy
 import functools
 import operator
 import os
@@ -808,6 +809,15 @@ def class_attribute_that_no_code_names():
             return x * 2
 
     return Net(), lambda: setattr(Net, "remark", "new")
+
+
+@unrelated
+def copy_of_an_object_of_a_class():
+    class Held:
+        scale = 2.0
+
+    held = Held()
+    return lambda x: x * held.scale, lambda: copy.copy(held) and None
 
 
 @unrelated
