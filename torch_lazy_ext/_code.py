@@ -20,9 +20,11 @@ from torch import nn
 from torch_lazy_ext import _C
 
 # Code that is none of the program's: what it reads, and counts, decides nothing of the graph.
-# TorchDynamo compiles nothing while a program is recorded (`_higher_order.py`).
+# TorchDynamo compiles nothing while a program is recorded (`_higher_order.py`), and where warnings and
+# logs go is no affair of a replay, which gives none.
 OWN = frozenset(
     {"torch_lazy_ext", "torch._dynamo", "torch._inductor", "torch.utils._config_module"}
+    | {"logging", "warnings"}
 )
 # Their functions are not looked into for state of the program; what they name is guarded all the
 # same when they run.

@@ -781,7 +781,8 @@ class _History:
             if self.made[-1] is None:
                 self.hidden.add(key)
         inner = _inner(outputs)
-        self._places = [o for o in outputs if any(o is place for place in inner)]
+        places = [o for o in outputs if any(o is place for place in inner)]
+        self._places = _separable(recorder, outputs, places)
         self._stops: list[torch.Tensor] = []
         from_root = {source.root: source for source, _leaf in differentiable}
         for root, output in self.by_root.items():
@@ -841,6 +842,47 @@ def _inner(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
                 inner[id(edges[edge])] = edges[edge]
             stack.append(edge[0])
     return list(inner.values())
+
+
+def _separable(
+    recorder: _C.Recorder, outputs: list[torch.Tensor], places: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Those of `places`, which are outputs, at which the histories of the others can be cut.
+
+    A backward comes before those of what it depends on. So what depends on a place must not share
+    functions of autograd with it beyond the cut, as the two results of an LSTM cell do: these are
+    differentiated together.
+    """
+    while places:
+        stops = [recorder.resumed(place.detach).requires_grad_() for place in places]
+        cut = _C.cut(outputs, places, stops)
+        try:
+            groups = _components(outputs)
+            reached = [_paths([outputs[k] for k in group]) for group in groups]
+        finally:
+            cut.restore()
+        group_of = {id(outputs[k]): n for n, group in enumerate(groups) for k in group}
+        depends: list[set[int]] = [set() for _ in groups]  # on the groups of places
+        for place, stop in zip(places, stops):
+            for n, leaves in enumerate(reached):
+                if id(stop) in leaves:
+                    depends[n].add(group_of[id(place)])
+        tied = set()
+        for n in range(len(groups)):
+            found: set[int] = set()
+            stack = list(depends[n])
+            while stack:
+                other = stack.pop()
+                if other not in found:
+                    found.add(other)
+                    stack.extend(depends[other])
+            if n in found:
+                tied.add(n)
+        apart = [place for place in places if group_of[id(place)] not in tied]
+        if len(apart) == len(places):
+            break
+        places = apart
+    return places
 
 
 def _is_plain_view(leaf: torch.Tensor, base: torch.Tensor) -> bool:

@@ -254,8 +254,8 @@ class Capture:
         """Python data with a number in the place of each tensor, for C++ code that reads them."""
         if isinstance(data, Number):
             return float(data)
-        if not isinstance(data, (list, tuple)):
-            return data
+        if not isinstance(data, (list, tuple)) or not _any_tensor(data, Number):
+            return data  # sizes stay sizes: `x.new(torch.Size([2]))`
         return [
             self.read(torch._C.TensorBase.tolist, v)
             if isinstance(v, torch.Tensor)
@@ -585,10 +585,11 @@ def _copy_memory(memory: torch.Tensor, value: torch.Tensor) -> None:
             memory.copy_(value)
 
 
-def _any_tensor(data: Any) -> bool:
+def _any_tensor(data: Any, *others: type) -> bool:
+    """Whether there is a tensor, or one of `others`, in nested lists."""
     if isinstance(data, (list, tuple)):
-        return any(map(_any_tensor, data))
-    return isinstance(data, torch.Tensor)
+        return any(_any_tensor(v, *others) for v in data)
+    return isinstance(data, (torch.Tensor, *others))
 
 
 def _rebuilt(tensor: torch.Tensor) -> Any:
@@ -1158,7 +1159,8 @@ def _record(
         if not isinstance(leaf, torch.Tensor):
             return capture.moving.given(capture.generators.given(leaf))
         check_plain(leaf, "an argument")
-        if not recorder.is_liftable(leaf):
+        # Meta tensors of functionalization are its own; one that is an argument has operators, too.
+        if not recorder.is_liftable(leaf) and not leaf.is_meta:
             raise UnsupportedError(
                 f"an argument is {_C.unsupported_kind(leaf) or 'a tensor of another capture'}, "
                 "which a graph cannot hold: pass dense tensors and convert outside of the program"

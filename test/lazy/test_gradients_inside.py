@@ -679,6 +679,29 @@ class ResultsOfResultsTest(unittest.TestCase):
     )
 
 
+def _cell(x: Tensor) -> tuple[Tensor, Tensor]:
+    gates = x * 2
+    c = gates.exp()
+    return gates.sigmoid() * c.tanh(), c
+
+
+def _crossed(x: Tensor) -> tuple[Tensor, ...]:
+    a, b = x * 2, x * 3
+    first, second = a.exp(), b.exp()
+    return first, second, a.sin() * second, b.sin() * first
+
+
+class SharedHistoryTest(unittest.TestCase):
+    """A result that another one depends on, where both share history beyond it as well."""
+
+    test_cell = maketest(stateless(_cell), floats((2, 3), leaf=True))
+    test_crossed = maketest(stateless(_crossed), floats((2, 3), leaf=True))
+    test_chain = maketest(
+        stateless(lambda x: (lambda h, c: (h * c, h, c.sum()))(*_cell(x))),
+        floats((2, 3), leaf=True),
+    )
+
+
 class ModesTest(unittest.TestCase):
     """Modes of autograd and autocast that the program sets inside of others."""
 

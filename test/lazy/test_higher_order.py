@@ -169,6 +169,9 @@ class LegacyConstructorTest(unittest.TestCase):
         lambda x: torch.Tensor([x[0], x[1]]) + x[:2], tensors((3,)), captures=4
     )
     test_new = makefunctiontest(lambda x: x.new([x[0], 1.0]) + x[1:], tensors((3,)), captures=4)
+    test_new_of_sizes = makefunctiontest(
+        lambda x: x.new(torch.Size([2, 3])).zero_() + x.new(2, 3).zero_() + x, tensors((3,))
+    )
     test_sizes = makefunctiontest(lambda x: torch.FloatTensor(2, 3).fill_(1) * x, tensors((3,)))
 
 

@@ -340,7 +340,7 @@ bool Recorder::is_liftable(const at::Tensor& t) const {
   if (!t.defined() || is_wrapped_number(t) || as_capture(t) != nullptr) {
     return false;
   }
-  if (fi::isFunctionalTensor(t) ||
+  if (fi::isFunctionalTensor(t) || t.is_meta() ||
       t.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks)) {
     return false;
   }
