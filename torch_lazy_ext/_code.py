@@ -147,6 +147,9 @@ class Ran:
             if e.library:
                 stored.setdefault(id(e.globals), set()).update(names_of(e.code).stored)
         self._stored = {key: frozenset(names) for key, names in stored.items()}
+        self._set = frozenset().union(
+            *(names_of(e.code).stored_attributes for e in codes if e.library)
+        )
 
     def may_read(self, key: Any) -> bool:
         """Whether the code may have read this attribute of an object."""
@@ -160,6 +163,12 @@ class Ran:
     def kept_by(self, entry: Entry) -> frozenset[str]:
         """The globals of a library that it writes itself while it runs."""
         return self._stored.get(id(entry.globals), frozenset()) if entry.library else frozenset()
+
+    def counts_of(self, cls: type) -> frozenset[str]:
+        """The attributes of a library's class that are numbers which the library sets as it runs."""
+        if not is_library(cls):
+            return frozenset()
+        return frozenset(k for k in self._set if isinstance(vars(cls).get(k), int))
 
 
 def _made_inside(entry: Entry) -> bool:

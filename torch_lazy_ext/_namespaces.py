@@ -177,7 +177,7 @@ def _guard_code(variant: _C.Variant, state: _lift.State, ran: _code.Ran, relied:
         for base in (*cls.__mro__, *metaclass.__mro__):
             if base not in done:
                 done.add(base)
-                variant._add_names(base, ran.names, MADE_LATER)
+                variant._add_names(base, ran.names, MADE_LATER | ran.counts_of(base))
     if any(entry.first is _lift.ENVIRONMENT for entry in ran.entries):
         environment: Any = os.environ
         content: dict[Any, Any] = environment._data

@@ -52,69 +52,10 @@ KNOWN = {
         "custom autograd.Functions that return views or their arguments",
         "v = View.apply(a); return v[:1], v",
     ),
-    "class_attribute_written": Known(
-        r"type\(self\)\.scale = ",
-        "a class attribute that the program writes stays after the extraction",
-        "type(self).scale = 3; return a * self.scale",
-    ),
-    "class_attribute_changed": Known(
-        r"type\(p\)\.scale",
-        "a class attribute is read once",
-        "return a * self.scale",
-        "type(p).scale = 5",
-    ),
-    "list_of_class": Known(
-        r"State\.shared\.append|State\.shared\[0\] =",
-        "a list that hangs on a class is not taken back",
-        "State.shared.append(1); return a * 1",
-    ),
-    "function_attribute_written": Known(
-        r"helper\.\w+ = ",
-        "a function's attribute that the program writes stays after the extraction",
-        "helper.note = 3; return a * 1",
-    ),
-    "function_changed": Known(
-        r"helper\.__defaults__ = |globals\(\)\[.helper.\]",
-        "defaults of a function are read once",
-        "return helper(a)",
-        "helper.__defaults__ = (6,)",
-    ),
-    "method_replaced": Known(
-        r"type\(p\)\.method|p\.method",
-        "a method replaced on a class is called no more",
-        "return self.method(a)",
-        "type(p).method = type(p).other_method",
-    ),
-    "attribute_of_imported_module": Known(
-        r"config\.ratio = ",
-        "an attribute of a module is read once, and what is written to it stays",
-        "config.ratio = 3; return a * config.ratio",
-    ),
-    "context_variable": Known(
-        r"VAR\.set",
-        "a ContextVar is read once, and what is written to it stays",
-        "VAR.set(3); return a * VAR.get()",
-    ),
-    "set_written": Known(
-        r"\.seen\.(add|discard)|self\.seen \|=",
-        "a set that the program changes stays changed after the extraction",
-        "self.seen.add(7); return a * 1",
-    ),
-    "array_written": Known(
-        r"\.arr\.append|\.arr\[0\] =",
-        "an array that the program changes stays changed after the extraction",
-        "self.arr.append(7.0); return a * 1",
-    ),
     "attribute_of_a_tensor": Known(
         r"\.tag = ",
         "an attribute of a tensor that the program sets stays after the extraction",
         "self.s.tag = 3; return a * 1",
-    ),
-    "metadata_of_state": Known(
-        r"self\.(s\.dtype|t\.shape|w\.requires_grad|s\.is_contiguous)",
-        "of a tensor that reaches no operator, nothing is guarded",
-        "return a * self.t.shape[0]",
-        "p.t = torch.ones(7)",
     ),
 }
 PATTERNS = {name: re.compile(known.pattern) for name, known in KNOWN.items() if known.pattern}
