@@ -69,7 +69,7 @@ def explain(
     args, kwargs = tuple(args), dict(kwargs or {})
     flat = _tree.flatten((args, kwargs))
     with contextlib.ExitStack() as undo:
-        state, _recorder, lowered, _creations = _replay.capture(fn, args, kwargs, flat, undo)
+        state, _recorder, lowered, *_rest = _replay.capture(fn, args, kwargs, flat, undo)
         names = _lifted_names(fn, args, kwargs, state, lowered)
     return Explanation(
         text=_text.graph_text(lowered.graph, source=True),

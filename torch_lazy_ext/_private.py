@@ -186,7 +186,14 @@ ENTRIES: tuple[Entry, ...] = (
         "(self, dispatch_key, *args, **kwargs)",
         "torch._ops.HigherOrderOperator.__call__",
     ),
-    Entry("torch", "compile", "function", "replaced: TorchDynamo is imported", "test_higher_order"),
+    Entry(
+        "torch",
+        "compile",
+        "function",
+        "replaced: TorchDynamo is imported",
+        "test_higher_order",
+        "(model=)",
+    ),
     Entry(
         "torch.func",
         "functionalize",

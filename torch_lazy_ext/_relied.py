@@ -36,7 +36,6 @@ class Relied:
         self._codes = [e.code for e in ran.entries if not e.library]
         self._globals = [(e.code, e.globals) for e in ran.entries if not e.library]
         self._functions = [e.function for e in ran.entries if e.function and not e.library]
-        self._library = len({id(e.code) for e in ran.entries if e.library})
 
     def lines(self, verbose: bool) -> list[str]:
         """One line for each value that the program's own code names, and one for all else."""
@@ -85,14 +84,14 @@ class Relied:
         for name, setting in self.settings:
             values[f"{name} = {setting} (setting)"] = None
         if verbose:
-            return [*values, *objects, self._rest(0)]
-        return [*values, self._rest(len(objects))]
+            return [*values, *objects, self._rest(False)]
+        return [*values, self._rest(bool(objects))]
 
-    def _rest(self, objects: int) -> str:
-        text = f"what {self._library} functions of libraries name"
-        if self._library == 1:
-            text = "what 1 function of libraries names"
-        return f"{objects} other objects and values, and {text}" if objects else text
+    @staticmethod
+    def _rest(objects: bool) -> str:
+        # Without numbers: each release of Python and torch has others.
+        text = "what functions of libraries name"
+        return f"other objects and values, and {text}" if objects else text
 
     @property
     def _named(self) -> frozenset[str]:

@@ -81,7 +81,7 @@ def elsewhere(module: fx.GraphModule) -> list[Callable[..., Any]]:
 def check(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Compare, bit for bit, the graph of `program` with the FX module made of it."""
     state = _lift.State(program, *args, *kwargs.values())
-    _recorder, lowered = _replay._capture(program, args, kwargs, state, verify_layouts=True)
+    _recorder, lowered, _ran = _replay._capture(program, args, kwargs, state, verify_layouts=True)
     module = _fx.graph_module(lowered.graph)
     module.graph.lint()
     inputs = [lowered.lifted[i][0] for i in lowered.parameters]

@@ -803,6 +803,18 @@ bool is_view_of_custom_operator(const c10::OperatorHandle& op) {
       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
 }
 
+// Whether the result is a view of a tensor that was not made in inference mode.
+bool is_view_of_normal(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
+  const c10::FunctionSchema& schema = op.schema();
+  const bool view =
+      std::any_of(schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
+        return r.alias_info() != nullptr && !r.alias_info()->isWrite();
+      });
+  const IValue& viewed = stack[begin];
+  return view && viewed.isTensor() && viewed.toTensor().defined() &&
+      !viewed.toTensor().is_inference();
+}
+
 // A reduction computes in the dtype of `out`, where functionalization computes in another one
 // and casts the result.
 void take_dtype_of_out(const c10::OperatorHandle& op, Stack* stack, size_t begin) {
@@ -988,6 +1000,14 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     const bool inexact = has_inexact_inverse(op);
     const Stack given =
         inexact ? Stack(stack->begin() + static_cast<int64_t>(begin), stack->end()) : Stack();
+    // In inference mode, a view of a tensor that is none of that mode's is none either; the wrapper
+    // of a functional tensor would be.
+    std::optional<c10::InferenceMode> normal;
+    std::optional<at::NoGradGuard> without_grad;
+    if (c10::InferenceMode::is_enabled() && is_view_of_normal(op, *stack, begin)) {
+      normal.emplace(false);
+      without_grad.emplace();
+    }
     op.callBoxed(stack);
     if (inexact) {
       make_reversible(op, given, stack->back().toTensor());
