@@ -22,6 +22,11 @@ from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 
 
+COLLECTED_AFTER = 32  # captures: as often as the collector came by on its own, for small modules
+
+PATIENCE = 2.0  # seconds that a capture waits for those of other threads
+
+
 class Since:
     """Tells what Python objects were made since a moment, until it is closed.
 
@@ -32,14 +37,19 @@ class Since:
     _lock = threading.Lock()
     _open = 0
     _frozen = False
+    _uncollected = 0  # how many captures there were since all was collected
     _young: frozenset[int] = frozenset()  # ids of what was made since, and then set aside
-    # A list of all objects holds references, which another thread must not count.
-    alone = threading.RLock()
+    # One thread at a time: what another one makes meanwhile is held by that one, in objects that may
+    # not be complete. Captures take turns anyway, for the interpreter's lock.
+    _turn = threading.RLock()
 
     def __init__(self) -> None:
         self._before: list[Any] = []  # held, so that no id is given to another object
+        self._has_turn = False
 
     def __enter__(self) -> Since:
+        # A program that waits for another thread's capture must not wait for ever.
+        self._has_turn = Since._turn.acquire(timeout=PATIENCE)
         with Since._lock:
             if Since._open == 0 and gc.get_freeze_count() == 0:
                 gc.freeze()
@@ -51,12 +61,25 @@ class Since:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        try:
+            self._close()
+        finally:
+            if self._has_turn:
+                Since._turn.release()
+
+    def _close(self) -> None:
         self._before = []
         with Since._lock:
             Since._open -= 1
             if Since._open == 0 and Since._frozen:
                 Since._frozen, Since._young = False, frozenset()
                 gc.unfreeze()
+                # Freezing sets the collector's counts back, so it would never come to what is old,
+                # graphs that were dropped among it.
+                Since._uncollected += 1
+                if gc.isenabled() and Since._uncollected >= COLLECTED_AFTER:
+                    Since._uncollected = 0
+                    gc.collect()
 
     def made(self) -> Made:
         young = frozenset(map(id, gc.get_objects())) | Since._young

@@ -1121,9 +1121,8 @@ def record(
         recording = _record(fn, args, kwargs, state, shared, verify_layouts, creates)
         recorder = recording.recorder
         try:
-            with _escapes.Since.alone:
-                recording.made = since.made()
-                _escapes.settle(recording, since)
+            recording.made = since.made()
+            _escapes.settle(recording, since)
         except UnsupportedError:
             recorder.release()
             raise
