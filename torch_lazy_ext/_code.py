@@ -20,8 +20,8 @@ from torch import nn
 from torch_lazy_ext import _C
 
 # Code that is none of the program's: what it reads, and counts, decides nothing of the graph.
-# TorchDynamo compiles nothing while a program is recorded (`_higher_order.py`), and where warnings and
-# logs go is no affair of a replay, which gives none.
+# TorchDynamo compiles nothing while a program is recorded (`_higher_order.py`), and where warnings
+# and logs go is no affair of a replay, which gives none.
 OWN = frozenset(
     {"torch_lazy_ext", "torch._dynamo", "torch._inductor", "torch.utils._config_module"}
     | {"logging", "warnings"}
@@ -165,7 +165,7 @@ class Ran:
         return self._stored.get(id(entry.globals), frozenset()) if entry.library else frozenset()
 
     def counts_of(self, cls: type) -> frozenset[str]:
-        """The attributes of a library's class that are numbers which the library sets as it runs."""
+        """Attributes of a library's class that are numbers, which the library sets as it runs."""
         if not is_library(cls):
             return frozenset()
         return frozenset(k for k in self._set if isinstance(vars(cls).get(k), int))

@@ -21,7 +21,6 @@ from torch_lazy_ext import _C, _made, _tree
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 
-
 COLLECTED_AFTER = 32  # captures: as often as the collector came by on its own, for small modules
 
 PATIENCE = 2.0  # seconds that a capture waits for those of other threads
@@ -39,8 +38,8 @@ class Since:
     _frozen = False
     _uncollected = 0  # how many captures there were since all was collected
     _young: frozenset[int] = frozenset()  # ids of what was made since, and then set aside
-    # One thread at a time: what another one makes meanwhile is held by that one, in objects that may
-    # not be complete. Captures take turns anyway, for the interpreter's lock.
+    # One thread at a time: what another one makes meanwhile is held by that one, in objects that
+    # may not be complete. Captures take turns anyway, for the interpreter's lock.
     _turn = threading.RLock()
 
     def __init__(self) -> None:

@@ -331,7 +331,7 @@ class Capture:
             )
 
     def apply(self, func: Any, function: type, *args: Any, **kwargs: Any) -> Any:
-        # No operator: a custom autograd.Function would be given the user's own tensors. Transforms of
+        # No operator: a custom autograd.Function would get the user's own tensors. Transforms of
         # functorch have operators above all twins, and come here once more, below them.
         if torch._C._are_functorch_transforms_active():
             return NotImplemented

@@ -68,6 +68,7 @@ class Relied:
                 if isinstance(held, torch.Tensor) or held is _lift.MISSING:
                     continue
                 add(name, held, "global" if name == chain[0] else "attribute of a module")
+        function: Any  # a method has what its function has
         for function in self._functions:
             code = function.__code__
             place = f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}"

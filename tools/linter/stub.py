@@ -30,6 +30,7 @@ REPLACED = (
     (r"\b(list|tuple|dict)(?=[,):]| =)", r"\1[typing.Any, ...]"),
     (r"\blist\[typing\.Any, \.\.\.\]", "list[typing.Any]"),
     (r"\bdict\[typing\.Any, \.\.\.\]", "dict[typing.Any, typing.Any]"),
+    (r"\b(set|frozenset)\b(?! *[\[(])", r"\1[typing.Any]"),
     (r"collections\.abc\.Callable(?!\[)", "collections.abc.Callable[..., typing.Any]"),
     (r"\*args, \*\*kwargs", "*args: typing.Any, **kwargs: typing.Any"),
     (r"(def \w+\([^)]*\)):", r"\1 -> typing.Any:"),

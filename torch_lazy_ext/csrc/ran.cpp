@@ -401,7 +401,7 @@ void bind_ran(py::module_& m) {
             }
             return out;
           },
-          "For each code object that ran: code, globals, type of the first argument, function, "
+          "For each code object that ran: code, globals, type of the first argument,\nfunction, "
           "and whether it is a library's.");
 }
 
