@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_lazy_ext import _C, _fx, _native, _scalars
+from torch_lazy_ext import _C, _fx, _interrupts, _native, _scalars
 from torch_lazy_ext._errors import ExtractionError
 
 BACKENDS = ("torchscript", "fx", "inductor", "tiered")
@@ -163,7 +163,7 @@ class Compiler:
             if graph.unsuitable:
                 raise _native.Unsuitable(graph.unsuitable)
             module = _scalars.as_tensors(graph.module)
-            code = compile(module, frozen, threads)
+            code = _interrupts.stoppable(compile, module, frozen, threads)
             code.last_is_check = module.meta.get("check", False)
         except Exception as e:
             self._stays(graph, e)

@@ -23,6 +23,7 @@ from torch_lazy_ext import (
     _C,
     _collectives,
     _generators,
+    _interrupts,
     _lift,
     _moving,
     _optimizers,
@@ -962,6 +963,7 @@ def record(
     Raises:
         FallbackError: an operator that the fallback config names was met.
         UnsupportedError: the program did something a graph cannot hold.
+        Interrupted: a signal ended the program (see `_interrupts`).
         SharedStorage: the recording has to be repeated with these tensors in `shared`.
         CreatesState: the recording has to be repeated with the optimizers' state in its place.
         Exception: whatever the program itself raises.
@@ -997,7 +999,7 @@ def record(
     try:
         in_place = capture.moving.in_place_of(state), capture.generators.in_place_of(state)
         with in_place[0], in_place[1], capture:
-            recording.result = fn(*own_args, **own_kwargs)
+            recording.result = _interrupts.stoppable(fn, *own_args, **own_kwargs)
         capture.data_parallel.check()
     except Exception as error:
         # What it raised, it may have raised because it read memory that it had written to

@@ -19,6 +19,7 @@ from torch_lazy_ext import (
     _compile,
     _fx,
     _gradients,
+    _interrupts,
     _lift,
     _lower,
     _optimizers,
@@ -60,7 +61,7 @@ class _Learned(Exception):
 
 # Leave the run of a variant as they are; every other exception is a mismatch.
 _KEPT_ERRORS = (_Learned, _Mismatch, ExtractionError)
-_HANDLED_ERRORS = (_Learned, _Mismatch)
+_HANDLED_ERRORS = (_Learned, _Mismatch, _interrupts.Interrupted)
 
 
 def _no_derivatives(lowered: _lower.Lowered) -> str:
@@ -337,6 +338,13 @@ class Specialization(_C.Variant):
 
     def _first_values(self, tensors: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """The roots, from a run operator by operator that is compared with the recording."""
+        # What a handler raises must not look like an error of the graph.
+        with _interrupts.Hold(runs=False):
+            return self._first_values_held(tensors)
+
+    def _first_values_held(
+        self, tensors: list[torch.Tensor | None]
+    ) -> Sequence[torch.Tensor | None]:
         lowered = self._lowered
         there = {i: t for i, t in enumerate(tensors) if t is not None}
         inputs = [there[i] for i in lowered.parameters]
@@ -364,13 +372,11 @@ class Specialization(_C.Variant):
                 known = [b.check(recorder, checked.values) for b in self._backwards]
                 if not all(known):
                     raise _Learned
+                _interrupts.whole(lambda: self._finish_compiling(inputs))
                 for write in lowered.writes:
                     write.bumps += checked.bumps.get(write.storage, 0)
                 if checked.bumps:
                     self._set_up_native_finish(lowered)
-                self._compiler.finish(self._graph, self._program, inputs)
-                if self._update is not None:
-                    self._compiler.finish(self._update_graph, self._update, [])
                 self._stale = checked.learned
                 self._recorder = None
                 self._checked = True
@@ -380,6 +386,11 @@ class Specialization(_C.Variant):
         for root, value in zip(lowered.outputs, outputs):
             values[root] = value
         return values
+
+    def _finish_compiling(self, inputs: list[torch.Tensor]) -> None:
+        self._compiler.finish(self._graph, self._program, inputs)
+        if self._update is not None:
+            self._compiler.finish(self._update_graph, self._update, [])
 
     def _finish(
         self,
@@ -395,6 +406,18 @@ class Specialization(_C.Variant):
         Args:
             states: of the generators, as the call found them.
         """
+        with _interrupts.Hold():
+            return self._finish_held(containers, tensors, values, states, args, kwargs)
+
+    def _finish_held(
+        self,
+        containers: list[Any],
+        tensors: list[torch.Tensor],
+        values: list[torch.Tensor],
+        states: list[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         lowered = self._lowered
         if self._backwards:
             drawn = list(zip(lowered.generators, states))
@@ -804,15 +827,21 @@ class CompiledGraph(_C.Caller):
     def _capture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False
     ) -> Specialization:
-        flat = _tree.flatten((args, kwargs))
-        specialization = Specialization(
-            self._fn, args, kwargs, flat, self._compiler, verify_layouts
-        )
-        with self._lock:
-            self._specializations.insert(0, specialization)
-            del self._specializations[self._limit :]
-            self._set_variants(self._specializations)
-        return specialization
+        def captured() -> Specialization:
+            flat = _tree.flatten((args, kwargs))
+            specialization = Specialization(
+                self._fn, args, kwargs, flat, self._compiler, verify_layouts
+            )
+            with self._lock:
+                self._keep([specialization, *self._specializations][: self._limit])
+            return specialization
+
+        return _interrupts.whole(captured)
+
+    def _keep(self, specializations: list[Specialization]) -> None:
+        # The C++ half holds none of them: it has to know them before others go.
+        self._set_variants(specializations)
+        self._specializations = specializations
 
     def _serve(
         self,
@@ -823,6 +852,9 @@ class CompiledGraph(_C.Caller):
     ) -> Any:
         """Answer a call that the C++ half could not: none of the variants fits, or `tried`, the
         first that does, ended with `error`."""
+        if isinstance(error, _interrupts.Interrupted):
+            _interrupts.run_waiting()  # the call has not begun
+            tried = error = None
         matching = 0
         failed: list[Specialization] = []
         observed: list[torch.Tensor] = []
@@ -835,12 +867,13 @@ class CompiledGraph(_C.Caller):
                 if specialization is tried:
                     assert error is not None
                     raise error
-                call, lacking = specialization.prepare(args, kwargs)
-                if call is None:
-                    continue
-                matching += 1
-                with lacking:
-                    result = specialization.run(call)
+                with _interrupts.Hold():
+                    call, lacking = specialization.prepare(args, kwargs)
+                    if call is None:
+                        continue
+                    matching += 1
+                    with lacking:
+                        result = specialization.run(call)
             except _Mismatch as mismatch:
                 failed.append(specialization)
                 if mismatch.observed is not None and len(mismatch.observed) > len(observed):
@@ -897,10 +930,11 @@ class CompiledGraph(_C.Caller):
                 reason = f"the capture raises {type(e).__name__}: {e}"
                 return self._eagerly(args, kwargs, reason, surprise=True)
             try:
-                call, lacking = specialization.prepare(args, kwargs)
-                assert call is not None, "a variant does not fit the call it was captured for"
-                with lacking:
-                    return specialization.run(call)
+                with _interrupts.Hold():
+                    call, lacking = specialization.prepare(args, kwargs)
+                    assert call is not None, "a variant does not fit the call it was captured for"
+                    with lacking:
+                        return specialization.run(call)
             except _Learned:
                 self._discard(specialization)
                 verify_layouts = True
@@ -914,18 +948,15 @@ class CompiledGraph(_C.Caller):
         )
 
     def _discard(self, specialization: Specialization) -> None:
-        with self._lock:
-            if specialization in self._specializations:
-                self._specializations.remove(specialization)
-                self._set_variants(self._specializations)
+        with _interrupts.Hold(), self._lock:
+            self._keep([s for s in self._specializations if s is not specialization])
 
     def _touch(self, specialization: Specialization) -> None:
         if self._specializations[:1] != [specialization]:
-            with self._lock:
-                if specialization in self._specializations:
-                    self._specializations.remove(specialization)
-                    self._specializations.insert(0, specialization)
-                    self._set_variants(self._specializations)
+            with _interrupts.Hold(), self._lock:
+                others = [s for s in self._specializations if s is not specialization]
+                if len(others) < len(self._specializations):
+                    self._keep([specialization, *others])
 
     def _failure(self, specialization: Specialization, observed: list[torch.Tensor]) -> str:
         if not observed:
