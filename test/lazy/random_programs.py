@@ -1,0 +1,712 @@
+# Owner(s): ["oncall: jit"]
+
+"""Random programs, and the comparison of a program with its graph.
+
+`Generated` makes a program of numbers: statements over a few inputs (some of which share memory), a
+module's own state and earlier results. A statement that eager refuses is left out when the program
+is made, or ends it. `compare` calls the program and its graph side by side and looks at everything
+that a caller can see.
+
+A *wide* program has parameters, leaves, hooks, classes and a module's globals too; between its calls
+the world changes, and what it returns is differentiated.
+"""
+
+import array
+import collections
+import contextlib
+import contextvars
+import copy
+import functools
+import itertools
+import math
+import re
+import textwrap
+import types
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+import torch.nn.functional as F
+from hypothesis import reject
+from random_known import KNOWN, PATTERNS
+from random_statements import (
+    ALIASED,
+    AMBIENT,
+    CHANGES_OF_WORLD,
+    DRAWN,
+    DTYPES,
+    FRESH,
+    GROUPS,
+    NUMBERS,
+    RETURNS,
+    SHAPES,
+    WIDE_DRAWN,
+    WIDE_DTYPES,
+    WIDE_GROUPS,
+    WIDE_RETURNS,
+    WIDE_SHAPES,
+    WORLD,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from torch_lazy_ext import ExtractionError, extract_compiled_graph
+
+CALLS = 3
+LARGEST = 200  # elements of a tensor in a program
+
+
+class Wide(NamedTuple):
+    """The numbers that a wide program has beside those of a plain one."""
+
+    ambient: int  # what is around the calls
+    changes: list[tuple[int, int]]  # (before which call, which change of the world)
+    derive: int  # what is made of the results
+    ends: bool  # the first statement that eager refuses is the last one
+
+
+class Generated:
+    """A program that numbers were turned into.
+
+    Args:
+        inputs: for each input, numbers that say what it is; the second list is for the last call.
+        statements: (group, template, and numbers to choose operands) of each statement.
+        result: numbers that choose what is returned.
+        wide: of a wide program; None of a plain one.
+    """
+
+    def __init__(
+        self,
+        inputs: list[tuple[int, int, int, int]],
+        other_inputs: list[tuple[int, int, int, int]] | None,
+        statements: list[tuple[int, int, int, int, int]],
+        result: tuple[int, int, int, int],
+        wide: Wide | None = None,
+    ) -> None:
+        self.wide = wide
+        self.excluded: collections.Counter[str] = collections.Counter()
+        self.make_inputs = _make_inputs_source(inputs, "make_inputs", wide is not None)
+        self.count = len(inputs)
+        if other_inputs is not None:
+            # As many as the program takes.
+            other = (other_inputs * self.count)[: self.count]
+            self.make_inputs += _make_inputs_source(other, "make_other_inputs", wide is not None)
+            last = f"make_other_inputs(i) if i == {CALLS} else make_inputs(i)"
+        else:
+            last = "make_inputs(i)"
+        self.make_inputs += f"\n\ndef inputs(i):\n    return {last}\n"
+        self.body: list[str] = []
+        self.surroundings = ""
+        self._made = 0
+        self._grow(statements, result)
+
+    # ------------------------------------------------------------------ making it
+
+    def _grow(
+        self, statements: list[tuple[int, int, int, int, int]], result: tuple[int, int, int, int]
+    ) -> None:
+        """Add statement after statement; what eager refuses is left out, or is the last one."""
+        world: dict[str, Any] = _scope()
+        exec(self.make_inputs, world)
+        exec(STATE_CLASS if self.wide is None else WORLD, world)
+        ambient = "contextlib.nullcontext()"
+        ends = False
+        if self.wide is not None:
+            ambient = AMBIENT[self.wide.ambient % len(AMBIENT)]
+            ends = self.wide.ends
+            self._change_world()
+        _seeded(0)
+        *tensors, n = world["inputs"](0)
+        world |= dict(zip("abc", tensors))
+        world |= {"n": n, "self": world["State"](), "k": 0}
+        returns = RETURNS if self.wide is None else WIDE_RETURNS
+        pending = list(reversed(statements))
+        with warnings.catch_warnings(), modes_kept():
+            warnings.simplefilter("ignore")
+            with eval(ambient, {**world, "i": 0}):
+                while pending:
+                    last = statements[len(statements) - len(pending)][4] == 127
+                    lines = self._statement(pending, world)
+                    if self._is_excluded(lines):
+                        continue
+                    trial = dict(world)
+                    if self._runs(lines, trial):
+                        world = trial
+                        self.body += lines
+                    elif last or (ends and self.wide is not None and self.body):
+                        # A program of which the last statement may raise.
+                        self.body += lines
+                        return
+                if self.wide is not None and "only_a_backward_would_fail" in KNOWN:
+                    if _backward_would_fail(world):
+                        reject()
+                for choice in (result, (0, *result[1:])):
+                    lines = [self._fill(returns[choice[0] % len(returns)], choice[1:], world)]
+                    tried = [line.replace("return ", "_ = ") for line in lines]
+                    if not self._is_excluded(lines) and self._runs(tried, world):
+                        self.body += lines
+                        return
+        self.body.append("return k")
+
+    def _is_excluded(self, lines: list[str]) -> bool:
+        """Whether these lines, after those that are there, are of a kind that is known to fail."""
+        if self.wide is None:
+            return False
+        text = "\n".join([self.surroundings, *self.body, *lines])
+        found = [name for name, known in PATTERNS.items() if known.search(text)]
+        self.excluded.update(found)
+        return bool(found)
+
+    def _change_world(self) -> None:
+        assert self.wide is not None
+        lines = [f"def ambient(i):\n    return {AMBIENT[self.wide.ambient % len(AMBIENT)]}\n\n"]
+        lines.append("def change(p, i):\n    pass")
+        for when, what in self.wide.changes:
+            text = CHANGES_OF_WORLD[what % len(CHANGES_OF_WORLD)]
+            if not any(known.search(text) for known in PATTERNS.values()):
+                lines.append(f"    if i == {2 + when % (CALLS - 1)}:\n        {text}")
+        lines.append(f"\n\nderive = {self.wide.derive % DERIVATIONS}\n")
+        self.surroundings = "\n".join(lines)
+
+    def _runs(self, lines: list[str], world: dict[str, Any]) -> bool:
+        try:
+            exec("\n".join(lines), world)
+        except Exception:
+            # Nobody can read such a tensor, not even eager.
+            if any(isinstance(v, Tensor) and _exceeds_memory(v) for v in world.values()):
+                reject()
+            return False
+        tensors = [v for name, v in world.items() if _is_variable(name) and isinstance(v, Tensor)]
+        return bool(tensors) and all(t.numel() <= LARGEST and t.dim() <= 6 for t in tensors)
+
+    def _statement(self, pending: list[tuple[int, ...]], world: dict[str, Any]) -> list[str]:
+        group, template, *operands = pending.pop()
+        drawn, groups = (DRAWN, GROUPS) if self.wide is None else (WIDE_DRAWN, WIDE_GROUPS)
+        templates = groups[drawn[group % len(drawn)]]
+        text = self._fill(templates[template % len(templates)], operands, world)
+        if ":|" not in text:
+            return [text]
+        lines: list[str] = []
+        for head in text.split("|"):
+            if head.startswith("    "):
+                lines.append(head)
+                continue
+            if not head:
+                continue
+            lines.append(head)
+            body = self._statement(pending, world) if pending else ["pass"]
+            lines += ["    " + line for line in body]
+        return lines
+
+    def _fill(self, template: str, operands: Any, world: dict[str, Any]) -> str:
+        names = [name for name, v in world.items() if _is_variable(name) and isinstance(v, Tensor)]
+        x, y, z = operands
+        values = {
+            "x": names[-1 - x % len(names)],
+            "y": names[-1 - y % len(names)],
+            "z": names[-1 - z % len(names)],
+            "c": NUMBERS[z % len(NUMBERS)],
+            "d": (0, -1, 1)[y % 3],
+            "dtype": f"torch.{DTYPES[z % len(DTYPES)]}",
+        }
+        if self.wide is not None:
+            differentiable = [name for name in names if world[name].requires_grad] or names
+            values["g"] = differentiable[-1 - x % len(differentiable)]
+            values["h"] = differentiable[-1 - y % len(differentiable)]
+        if "{v}" in template:
+            self._made += 1
+            values["v"] = f"v{self._made}"
+        return template.format(**values)
+
+    # -------------------------------------------------------------------- its text
+
+    @property
+    def source(self) -> str:
+        parameters = ", ".join(["self", *"abc"[: self.count], "n"])
+        lines = [
+            f"def __call__({parameters}):",
+            "    k = 0",
+            *textwrap.indent("\n".join(self.body), "    ").splitlines(),
+        ]
+        return (
+            f"{self.make_inputs}\n{STATE_CLASS if self.wide is None else WORLD}"
+            f"\n\nclass Program(State):\n{textwrap.indent(chr(10).join(lines), '    ')}\n"
+            + (f"\n\n{self.surroundings}" if self.wide is not None else "")
+        )
+
+    @property
+    def script(self) -> str:
+        return f'from random_programs import compare\n\ncompare("""{self.source}""")\n'
+
+
+def _backward_would_fail(world: dict[str, Any]) -> bool:
+    tensors = [v for name, v in world.items() if _is_variable(name)]
+    tensors += [v for _, v in walk(vars(world["self"]), "state", {})]
+    roots = [t for t in tensors if _is_differentiable(t) and not t.is_leaf]
+    try:
+        for root in roots:
+            root.sum().backward(retain_graph=True, inputs=[t for t in roots if t is not root])
+    except RuntimeError:
+        return True
+    return False
+
+
+def _is_variable(name: str) -> bool:
+    return re.fullmatch(r"[abc]|v\d+", name) is not None
+
+
+STATE_CLASS = """
+class State:
+    def __init__(self):
+        self.s = torch.ones(2, 3)
+        self.t = torch.zeros(3)
+        self.l = [torch.ones(3), self.s]
+        self.d = {"k": torch.ones(2)}
+        self.n = 1
+"""
+
+
+def _make_inputs_source(inputs: list[tuple[int, int, int, int]], name: str, wide: bool) -> str:
+    lines = [f"\n\ndef {name}(i):"]
+    names: list[str] = []
+    both = len(FRESH) + len(ALIASED)
+    for position, (kind, shape, dtype, other) in enumerate(inputs):
+        own = "abc"[position]
+        shapes, dtypes = (WIDE_SHAPES, WIDE_DTYPES) if wide else (SHAPES, DTYPES)
+        fresh = f"random_tensor({shapes[shape % len(shapes)]}, torch.{dtypes[dtype % len(dtypes)]})"
+        kind %= both
+        if kind < len(FRESH) or not names:
+            text = FRESH[kind % len(FRESH)]
+            if text.count("{f}") > 1:
+                lines.append(f"    f = {fresh}")
+                fresh = "f"
+        else:
+            text = ALIASED[kind - len(FRESH)]
+        text = text.format(f=fresh, a=names[other % len(names)] if names else "")
+        try:
+            # Not every view can be made of every tensor.
+            scope = _scope()
+            exec("\n".join([*lines, f"    {own} = {text}", f"{name}(0)"]), scope)
+        except Exception:
+            text = fresh
+        lines.append(f"    {own} = {text}")
+        requires = (kind * 7 + shape * 3 + dtype + other) % 5 if wide else 0
+        if "aliased_arguments" in KNOWN and any(k % both >= len(FRESH) for k, *_ in inputs):
+            requires = 0
+        if requires > 1:
+            # A leaf, or something with a history.
+            lines.append(f"    if {own}.is_floating_point() and not {own}.requires_grad:")
+            lines.append(f"        {own}.requires_grad_()")
+        if requires == 4:
+            lines.append(f"    {own} = {own} * 1")
+        names.append(own)
+    lines.append(f"    return ({', '.join(names)}, {{0: 1, 1: 1, 2: 3}}.get(i, 1))")
+    return "\n".join(lines) + "\n"
+
+
+def _scope() -> dict[str, Any]:
+    modules = (array, collections, contextlib, contextvars, copy, functools, itertools, math, numpy)
+    return {
+        **{module.__name__: module for module in (*modules, torch, types)},
+        "__name__": "program",
+        "checkpoint": checkpoint,
+        "F": F,
+        "nn": nn,
+        "random_tensor": random_tensor,
+    }
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Multiples of a half, from -3 to 3: small enough that sums are exact, and often zero."""
+    halves = torch.randint(-6, 7, shape)
+    if dtype is torch.bool:
+        return halves > 0
+    if dtype.is_complex:
+        return torch.complex(halves / 2, torch.randint(-6, 7, shape) / 2)
+    return (halves / 2).to(dtype) if dtype.is_floating_point else halves.to(dtype)
+
+
+def _seeded(i: int) -> None:
+    torch.manual_seed(1000 + i)
+
+
+# ------------------------------------------------------------------------------ the comparison
+
+DERIVATIONS = 6
+
+
+class Outcome(NamedTuple):
+    """What a comparison came to.
+
+    Attributes:
+        what: "equal", "raises" when eager raised in the end and the graph alike, or "refused".
+        why: of a refusal, its text without what differs from program to program.
+    """
+
+    what: str
+    why: str = ""
+
+
+def compare(source: str, known: Collection[str] = ()) -> Outcome:
+    """Capture a program on `inputs(0)`, call it on `inputs(1)`, ...; compare each call with eager.
+
+    Args:
+        source: defines `Program` and `inputs`. May define `ambient(i)`, the context of call i,
+            `change(program, i)`, which changes the world before call i, and `derive`, a number that
+            says what is made of the results.
+        known: rows of `random_known.KNOWN` that the comparison leaves out.
+
+    Raises AssertionError for every difference.
+    """
+    code = compile(source, "<program>", "exec")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), modes_kept():
+        warnings.simplefilter("ignore")
+        return _compare(code, known)
+
+
+@contextlib.contextmanager
+def modes_kept() -> Iterator[None]:
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    dtype = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_enabled("cpu", autocast)
+        torch.set_default_dtype(dtype)
+
+
+class _Side:
+    """Eager's half of the comparison, or the graph's: what can be seen of it after each call."""
+
+    def __init__(self, code: types.CodeType, known: Collection[str] = ()) -> None:
+        self.known = known
+        self.scope = _scope()
+        exec(code, self.scope)
+        self.wide = "ambient" in self.scope
+        self.program = self.scope["Program"]()
+        self.function = self.program
+        self.arguments: Any = None
+        self.result: Any = None
+        self.error: str | None = None
+        self.refused = ""
+        self.kept: list[Any] = []  # earlier results and arguments; they hold their storages
+        self.rng_state: Tensor | None = None
+        self.modes: Any = None
+        self._before: dict[int, tuple[int, int, Any, Any]] = {}
+
+    def inputs(self, i: int) -> tuple[Any, ...]:
+        _seeded(-i)
+        made: tuple[Any, ...] = self.scope["inputs"](i)
+        return made
+
+    def ambient(self, i: int) -> contextlib.AbstractContextManager[Any]:
+        context: contextlib.AbstractContextManager[Any]
+        context = self.scope["ambient"](i) if self.wide else contextlib.nullcontext()
+        return context
+
+    def change(self, i: int) -> None:
+        if self.wide:
+            _seeded(-i)
+            self.error = self._attempt(lambda: self.scope["change"](self.program, i))
+
+    def call(self, i: int) -> None:
+        self.arguments = self.inputs(i)
+        self.result = None
+        self._before = {
+            # Held, since an id says nothing once its object is gone.
+            id(t): (_version(t), _storage(t), t, t.untyped_storage())
+            for _, t in self._walk()
+            if isinstance(t, Tensor)
+        }
+        _seeded(i)
+        with modes_kept():
+            with self.ambient(i):
+                self.error = self._attempt(self._call)
+                self.modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+            self.result = _consumed(self.result)
+        self.rng_state = torch.get_rng_state()
+
+    def _call(self) -> None:
+        self.result = self.function(*self.arguments)
+
+    def _attempt(self, run: Any) -> str | None:
+        """What `run` raises, as text."""
+        try:
+            run()
+        except ExtractionError as e:
+            self.refused = str(e)
+            return str(e)
+        except Exception as e:
+            return f"{type(e).__name__}: {e}"
+        return None
+
+    def _walk(self) -> Iterator[tuple[str, Any]]:
+        roots = {
+            "arguments": self.arguments,
+            "state": vars(self.program),
+            "result": self.result,
+            "earlier": self.kept,
+        }
+        if self.wide:
+            scope = self.scope
+            helper = scope["helper"]
+            roots["class"] = _plain({**vars(scope["State"]), **vars(scope["Program"])})
+            roots["globals"] = {
+                **{name: scope[name] for name in ("FLAG", "TABLE")},
+                "VAR": scope["VAR"].get(),
+                "config": {k: v for k, v in vars(scope["config"]).items() if k[0] != "_"},
+                "helper": [vars(helper), helper.__defaults__],
+            }
+        seen: dict[int, str] = {}
+        for name, root in roots.items():
+            yield from walk(root, name, seen)
+
+    def seen(self) -> list[tuple[Any, ...]]:
+        storages: dict[int, str] = {}
+        found: list[tuple[Any, ...]] = []
+        with torch.no_grad():
+            for path, value in self._walk():
+                if isinstance(value, Tensor):
+                    found.append((path, *self._facts(value, path, storages)))
+                else:
+                    found.append((path, value))
+        return found
+
+    def _facts(self, value: Tensor, path: str, storages: dict[int, str]) -> Iterator[Any]:
+        storage = _storage(value)
+        before = self._before.get(id(value))
+        moved = None if before is None else (_version(value) - before[0], before[1] == storage)
+        yield from (str(value.dtype), tuple(value.shape), _strides(value), value.storage_offset())
+        yield from (value.requires_grad, value.is_conj(), value.is_neg(), type(value))
+        yield from (storages.setdefault(storage, path), moved, _bytes(value))
+        if self.wide and not value.is_inference():
+            try:
+                history = value.grad_fn is not None
+            except RuntimeError as e:  # a view that was made in another mode, and written to
+                yield str(e)
+                return
+            yield {
+                "grad_fn": history,
+                "leaf": value.is_leaf,
+                "view": self._is_view(value),
+                "retains_grad": value.retains_grad,
+                "hooks": len(value._backward_hooks or ()) if value.is_leaf else 0,
+            }
+
+    def _is_view(self, value: Tensor) -> bool:
+        told = value.requires_grad and "base_of_a_result" not in self.known
+        return told and value._base is not None
+
+    def derive(self, kind: int, i: int) -> list[Any]:
+        """Differentiate the result; returns what that gives, or raises."""
+        roots = [t for _, t in walk(self.result, "result", {}) if _is_differentiable(t)]
+        if not roots or kind == 0:
+            return []
+        total = sum((t.double().sum() * (k + 1) for k, t in enumerate(roots)), torch.zeros(()))
+        leaves = [t for _, t in self._walk() if _is_differentiable(t) and t.is_leaf]
+        if kind == 1:
+            total.backward()
+        elif kind == 2:
+            roots[0].sum().backward()
+        elif kind == 3:
+            return list(torch.autograd.grad(total, leaves, allow_unused=True)) if leaves else []
+        elif kind == 4:
+            total.backward(retain_graph=True)
+            (total * 2).backward()
+        elif leaves:
+            first = torch.autograd.grad(total, leaves, allow_unused=True, create_graph=True)
+            second = [g.pow(2).sum() for g in first if g is not None and g.requires_grad]
+            if second:
+                sum(second).backward()  # type: ignore[union-attr]
+            return [None if g is None else g.detach() for g in first]
+        return []
+
+    def derived(self, kind: int, i: int) -> str | None:
+        def run() -> None:
+            self.result = [self.result, self.derive(kind, i)]
+
+        _seeded(100 + i)
+        return self._attempt(run)
+
+    def poke(self) -> list[str]:
+        """Write to each tensor of the result."""
+        errors = []
+        for path, value in walk(self.result, "result", {}):
+            if isinstance(value, Tensor):
+                try:
+                    with torch.no_grad():
+                        value.logical_not_() if value.dtype is torch.bool else value.add_(1)
+                except RuntimeError as e:
+                    errors.append(f"{path}: {e}")
+        return errors
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in attributes.items() if isinstance(v, (int, float, list, Tensor))}
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and value.dtype.is_floating_point
+
+
+def _consumed(result: Any) -> Any:
+    """What a caller gets out of a result that is called or iterated."""
+    if isinstance(result, Iterator):
+        return list(result)
+    if isinstance(result, (types.FunctionType, functools.partial)):
+        return result()
+    return result
+
+
+def walk(value: Any, path: str, seen: dict[int, str]) -> Iterator[tuple[str, Any]]:
+    mutable = (Tensor, list, dict, set, array.array, collections.deque, nn.Module)
+    if isinstance(value, mutable) or hasattr(value, "__array__"):
+        if id(value) in seen:
+            yield path, f"the same object as {seen[id(value)]}"
+            return
+        seen[id(value)] = path
+    if isinstance(value, (list, tuple, collections.deque)):
+        yield path, f"{type(value).__name__} of {len(value)}"
+        for i, item in enumerate(value):
+            yield from walk(item, f"{path}[{i}]", seen)
+    elif isinstance(value, dict):
+        hooks = path.rpartition(".")[2].endswith(("_hooks", "_kwargs", "_always_called"))
+        # The keys of hooks are numbers drawn from a counter of the process.
+        yield path, f"{type(value).__name__} with {len(value) if hooks else list(value)}"
+        for key, item in () if hooks else value.items():
+            yield from walk(item, f"{path}[{key!r}]", seen)
+    elif isinstance(value, Tensor):
+        yield path, value
+        grad = _grad(value)
+        if grad is not None:
+            yield from walk(grad, f"{path}.grad", seen)
+        if vars(value):
+            yield from walk(vars(value), f"{path}.__dict__", seen)
+    elif type(value).__module__ == "numpy":
+        yield path, f"numpy {value.dtype} {value.shape} {value.strides} {value.tolist()}"
+    elif isinstance(value, (nn.Module, types.SimpleNamespace)):
+        yield path, type(value).__name__
+        for name, item in vars(value).items():
+            yield from walk(item, f"{path}.{name}", seen)
+    elif callable(value):
+        yield path, f"a {type(value).__name__}"
+    else:
+        yield path, repr(value)
+
+
+def _grad(t: Tensor) -> Tensor | None:
+    try:
+        return t.grad if t.is_leaf or t.retains_grad else None
+    except RuntimeError:  # a view that was made in another mode, and written to
+        return None
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """The strides that lead somewhere: those of one element, or of none, are left to chance."""
+    return tuple(s if n > 1 else 0 for n, s in zip(t.shape, t.stride())) if t.numel() else ()
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _exceeds_memory(t: Tensor) -> bool:
+    """What eager leaves when it has set the sizes of a tensor, and cannot resize its storage."""
+    if not t.numel():
+        return False
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+    return bool((t.storage_offset() + extent) * t.itemsize > t.untyped_storage().nbytes())
+
+
+def _bytes(t: Tensor) -> Any:
+    if _exceeds_memory(t):
+        return "beyond its memory"
+    if t.is_conj() or t.is_neg():
+        t = t.resolve_conj().resolve_neg()
+    if t.dtype.is_floating_point or t.dtype.is_complex:
+        # One nan is as good as another.
+        t = torch.where(t.isnan(), torch.full_like(t, float("nan")), t)
+    flat = t.reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def _compare(code: types.CodeType, known: Collection[str]) -> Outcome:
+    eager, graph = _Side(code, known), _Side(code, known)
+    graph.arguments = graph.inputs(0)
+    before, _seed = graph.seen(), _seeded(0)
+    rng_state = torch.get_rng_state()
+    error: Exception | None = None
+    with graph.ambient(0):
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        try:
+            graph.function = extract_compiled_graph(graph.program, graph.arguments)
+        except Exception as e:
+            error = e
+        assert modes == (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")), "modes"
+    assert torch.equal(rng_state, torch.get_rng_state()), "the extraction moved the generator"
+    if error is not None and not isinstance(error, ExtractionError):
+        spare = _Side(code)
+        spare.call(0)
+        if spare.error is None or spare.error.partition(":")[0] != type(error).__name__:
+            raise AssertionError(
+                f"extraction raised {error!r}, eager came to {spare.error}"
+            ) from error
+    _expect(before, graph.seen(), "the extraction changed something")
+    if error is not None:
+        return _refused(error) if isinstance(error, ExtractionError) else Outcome("raises")
+    what = "equal"
+    for i in range(1, CALLS + 1):
+        for side in (eager, graph):
+            side.change(i)
+        assert eager.error == graph.error, f"change {i}: {eager.error}, {graph.error}"
+        for side in (eager, graph):
+            side.call(i)
+        if graph.refused:
+            return _refused(graph.refused)
+        if eager.error != graph.error:
+            raise AssertionError(f"call {i}: eager: {eager.error}\ngraph: {graph.error}")
+        _expect(eager.seen(), graph.seen(), f"call {i}")
+        assert torch.equal(eager.rng_state, graph.rng_state), f"call {i}: random numbers drawn"
+        assert eager.modes == graph.modes, f"call {i}: modes {eager.modes}, {graph.modes}"
+        if eager.error is not None:
+            what = "raises"
+        elif eager.wide:
+            kind = eager.scope["derive"]
+            if kind == 5 and "no_second_derivative" in known:
+                kind = 3
+            raised = [side.derived(kind, i) for side in (eager, graph)]
+            if graph.refused:
+                return _refused(graph.refused)
+            kinds = [None if e is None else e.partition(":")[0] for e in raised]
+            assert kinds[0] == kinds[1], f"derivative of call {i}: {raised[0]}\ngraph: {raised[1]}"
+            _expect(eager.seen(), graph.seen(), f"derivative of call {i}")
+        if eager.error is None and i != 1:
+            errors = eager.poke(), graph.poke()
+            assert errors[0] == errors[1], f"call {i}: writing to the result: {errors}"
+            _expect(eager.seen(), graph.seen(), f"call {i}, after writing to the result")
+        for side in (eager, graph):
+            side.kept.append((side.result, side.arguments))
+    return Outcome(what)
+
+
+def _refused(error: Exception | str) -> Outcome:
+    text = str(error)
+    assert "INTERNAL ASSERT" not in text, f"an internal error: {text}"
+    why = re.sub(r"\(at [^)]*\)|\d+|<[^>]*>|'[^']*'", "_", text)
+    return Outcome("refused", why[:90])
+
+
+def _expect(want: list[tuple[Any, ...]], got: list[tuple[Any, ...]], when: str) -> None:
+    if want == got:
+        return
+    for w, g in zip(want, got):
+        if w != g:
+            raise AssertionError(f"{when}: expected {w}\ngot {g}")
+    raise AssertionError(f"{when}: {len(want)} things to see, and {len(got)} were there")
