@@ -162,7 +162,7 @@ class Compiler:
             if graph.unsuitable:
                 raise _native.Unsuitable(graph.unsuitable)
             module = _scalars.as_tensors(graph.module)
-            code = compile(module, frozen, threads)
+            code = _C.stoppable(compile, module, frozen, threads)
             code.last_is_check = module.meta.get("check", False)
         except Exception as e:
             self._stays(graph, e)

@@ -7,13 +7,14 @@ after it as often as was differentiated, and this graph is differentiable as the
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _compile, _lift, _lower, _record
+from torch_lazy_ext import _C, _compile, _interrupts, _lift, _lower, _record
 from torch_lazy_ext._errors import UnsupportedError
 
 # For each differentiation, the positions of the outputs that had a tangent.
@@ -58,7 +59,8 @@ class Backward:
         if not self._compiled:
             with self._first_run:
                 if not self._compiled:
-                    self._compiler.finish(self._graph, self._program, inputs)
+                    finish = functools.partial(self._compiler.finish, self._graph, self._program)
+                    _interrupts.whole(lambda: finish(inputs))
                     self._compiled = True
         values = self._program.run(inputs)
         for guard in self.lowered.guards:
@@ -268,6 +270,9 @@ class _Call:
         self.inputs = inputs
 
     def differentiably(self, tangents: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
+        return _interrupts.whole(lambda: self._differentiably(tangents))
+
+    def _differentiably(self, tangents: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
         """The gradients of `backward.lowered.wrt`, as results of a graph with a backward.
 
         Args:

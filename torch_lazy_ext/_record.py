@@ -943,6 +943,7 @@ def record(
     Raises:
         FallbackError: an operator that the fallback config names was met.
         UnsupportedError: the program did something a graph cannot hold.
+        Interrupted: a signal ended the program (see `_interrupts`).
         SharedStorage: the recording has to be repeated with these tensors in `shared`.
         CreatesState: the recording has to be repeated with the optimizers' state in its place.
         Exception: whatever the program itself raises.
@@ -978,9 +979,14 @@ def record(
     try:
         in_place = capture.moving.in_place_of(state), capture.generators.in_place_of(state)
         with in_place[0], in_place[1], capture:
-            recording.result = fn(*own_args, **own_kwargs)
+            recording.result = _C.stoppable(fn, *own_args, **own_kwargs)
+        if _C.interrupted():
+            raise _C.Interrupted  # the program caught it
         capture.data_parallel.check()
     except Exception as error:
+        if _C.interrupted():
+            recorder.release()
+            raise _C.Interrupted from None
         # What it raised, it may have raised because it read memory that it had written to
         # through another tensor.
         shared_writes = _shared_writes(recorder)
@@ -992,6 +998,8 @@ def record(
         raise
     except BaseException:
         recorder.release()
+        if _C.interrupted():
+            raise _C.Interrupted from None
         raise
     finally:
         drawn = capture.moving.put_back()

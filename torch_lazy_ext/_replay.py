@@ -19,6 +19,7 @@ from torch_lazy_ext import (
     _compile,
     _fx,
     _gradients,
+    _interrupts,
     _lift,
     _lower,
     _optimizers,
@@ -364,22 +365,26 @@ class Specialization(_C.Variant):
                 known = [b.check(recorder, checked.values) for b in self._backwards]
                 if not all(known):
                     raise _Learned
-                for write in lowered.writes:
-                    write.bumps += checked.bumps.get(write.storage, 0)
-                if checked.bumps:
-                    self._set_up_native_finish(lowered)
-                self._compiler.finish(self._graph, self._program, inputs)
-                if self._update is not None:
-                    self._compiler.finish(self._update_graph, self._update, [])
-                self._stale = checked.learned
-                self._recorder = None
-                self._checked = True
+                _interrupts.whole(lambda: self._finish_compiling(inputs))
+                with _C.Hold():
+                    for write in lowered.writes:
+                        write.bumps += checked.bumps.get(write.storage, 0)
+                    if checked.bumps:
+                        self._set_up_native_finish(lowered)
+                    self._stale = checked.learned
+                    self._recorder = None
+                    self._checked = True
                 return checked.values
         values: list[torch.Tensor | None] = [None] * len(lowered.roots)
         outputs = self._program.run(inputs)
         for root, value in zip(lowered.outputs, outputs):
             values[root] = value
         return values
+
+    def _finish_compiling(self, inputs: list[torch.Tensor]) -> None:
+        self._compiler.finish(self._graph, self._program, inputs)
+        if self._update is not None:
+            self._compiler.finish(self._update_graph, self._update, [])
 
     def _finish(
         self,
@@ -804,15 +809,21 @@ class CompiledGraph(_C.Caller):
     def _capture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False
     ) -> Specialization:
-        flat = _tree.flatten((args, kwargs))
-        specialization = Specialization(
-            self._fn, args, kwargs, flat, self._compiler, verify_layouts
-        )
-        with self._lock:
-            self._specializations.insert(0, specialization)
-            del self._specializations[self._limit :]
-            self._set_variants(self._specializations)
-        return specialization
+        def captured() -> Specialization:
+            flat = _tree.flatten((args, kwargs))
+            specialization = Specialization(
+                self._fn, args, kwargs, flat, self._compiler, verify_layouts
+            )
+            with self._lock:
+                self._keep([specialization, *self._specializations][: self._limit])
+            return specialization
+
+        return _interrupts.whole(captured)
+
+    def _keep(self, specializations: list[Specialization]) -> None:
+        # The C++ half holds none of them: it has to know them before others go.
+        self._set_variants(specializations)
+        self._specializations = specializations
 
     def _serve(
         self,
@@ -835,12 +846,13 @@ class CompiledGraph(_C.Caller):
                 if specialization is tried:
                     assert error is not None
                     raise error
-                call, lacking = specialization.prepare(args, kwargs)
-                if call is None:
-                    continue
-                matching += 1
-                with lacking:
-                    result = specialization.run(call)
+                with _C.Hold():
+                    call, lacking = specialization.prepare(args, kwargs)
+                    if call is None:
+                        continue
+                    matching += 1
+                    with lacking:
+                        result = specialization.run(call)
             except _Mismatch as mismatch:
                 failed.append(specialization)
                 if mismatch.observed is not None and len(mismatch.observed) > len(observed):
@@ -897,10 +909,11 @@ class CompiledGraph(_C.Caller):
                 reason = f"the capture raises {type(e).__name__}: {e}"
                 return self._eagerly(args, kwargs, reason, surprise=True)
             try:
-                call, lacking = specialization.prepare(args, kwargs)
-                assert call is not None, "a variant does not fit the call it was captured for"
-                with lacking:
-                    return specialization.run(call)
+                with _C.Hold():
+                    call, lacking = specialization.prepare(args, kwargs)
+                    assert call is not None, "a variant does not fit the call it was captured for"
+                    with lacking:
+                        return specialization.run(call)
             except _Learned:
                 self._discard(specialization)
                 verify_layouts = True
@@ -914,18 +927,15 @@ class CompiledGraph(_C.Caller):
         )
 
     def _discard(self, specialization: Specialization) -> None:
-        with self._lock:
-            if specialization in self._specializations:
-                self._specializations.remove(specialization)
-                self._set_variants(self._specializations)
+        with _C.Hold(), self._lock:
+            self._keep([s for s in self._specializations if s is not specialization])
 
     def _touch(self, specialization: Specialization) -> None:
         if self._specializations[:1] != [specialization]:
-            with self._lock:
-                if specialization in self._specializations:
-                    self._specializations.remove(specialization)
-                    self._specializations.insert(0, specialization)
-                    self._set_variants(self._specializations)
+            with _C.Hold(), self._lock:
+                others = [s for s in self._specializations if s is not specialization]
+                if len(others) < len(self._specializations):
+                    self._keep([specialization, *others])
 
     def _failure(self, specialization: Specialization, observed: list[torch.Tensor]) -> str:
         if not observed:

@@ -139,9 +139,9 @@ class Generated:
                         # A program of which the last statement may raise.
                         self.body += lines
                         return
-                if self.wide is not None and "only_a_backward_would_fail" in KNOWN:
-                    if _backward_would_fail(world):
-                        reject()
+                known = self.wide is not None and "only_a_backward_would_fail" in KNOWN
+                if known and _backward_would_fail(world):
+                    reject()
                 for choice in (result, (0, *result[1:])):
                     lines = [self._fill(returns[choice[0] % len(returns)], choice[1:], world)]
                     tried = [line.replace("return ", "_ = ") for line in lines]

@@ -1,5 +1,7 @@
 #include "call.h"
 
+#include "interrupts.h"
+
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -517,10 +519,10 @@ PyObject* Variant::run(PyObject* self, Call& call) {
     ++misses;
     raise_mismatch(nullptr);
     return nullptr;
-  } catch (const std::exception&) {
+  } catch (const std::exception& e) {
     take_back();
-    if (communicates) {
-      throw; // the others have gone on
+    if (communicates || !is_error(e)) {
+      throw; // the others have gone on; or it is none of the program's errors
     }
     ++misses;
     raise_mismatch(nullptr);
@@ -533,6 +535,15 @@ PyObject* Variant::run(PyObject* self, Call& call) {
   ++hits;
   if (!native_finish_) {
     const py::list containers = call.containers(); // makes kwargs where there are none
+    std::optional<Hold> whole;
+    try {
+      whole.emplace(); // or a handler of a signal raises now
+    } catch (py::error_already_set& e) {
+      --hits;
+      take_back();
+      e.restore();
+      return nullptr;
+    }
     py::object result = py::handle(self).attr("_finish")(
         containers,
         list_of(call.tensors),
@@ -540,6 +551,7 @@ PyObject* Variant::run(PyObject* self, Call& call) {
         list_of(states),
         call.args,
         call.kwargs);
+    whole->end();
     return result.release().ptr();
   }
   if (!writes_.empty()) {
@@ -635,6 +647,8 @@ PyObject* caller_call(PyObject* self, PyObject* args, PyObject* kwargs) {
   try {
     return unwrap<Caller>(self)->call(self, args, kwargs);
   } catch (py::error_already_set& e) {
+    e.restore();
+  } catch (python_error& e) {
     e.restore();
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());

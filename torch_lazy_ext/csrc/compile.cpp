@@ -156,6 +156,9 @@ FrozenProgram::FrozenProgram(
 }
 
 FrozenProgram::~FrozenProgram() {
+  if (Py_IsInitialized() == 0) {
+    return; // the end of the process
+  }
   py::gil_scoped_acquire gil;
   Py_DECREF(changed_);
 }
@@ -182,6 +185,9 @@ PythonProgram::PythonProgram(PyObject* callable) : callable_(callable) {
 }
 
 PythonProgram::~PythonProgram() {
+  if (Py_IsInitialized() == 0) {
+    return; // the end of the process
+  }
   py::gil_scoped_acquire gil;
   Py_DECREF(callable_);
 }

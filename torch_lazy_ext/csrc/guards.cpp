@@ -8,6 +8,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <algorithm>
 
 namespace tle {
@@ -32,15 +34,19 @@ uint64_t version_of(PyObject* dict) {
 #endif
 }
 
-// A borrowed reference; the owner lives as long as the process.
-PyObject* from(const char* module, const char* name) {
-  py::object found = py::module_::import(module).attr(name);
-  return found.release().ptr();
+// Borrowed references to what lives as long as the process. Not a static of C++, whose lock another
+// thread would wait for with the GIL that the import needs.
+template <class Tag>
+PyObject* once(const char* module, const char* name) {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<PyObject*> found;
+  return found
+      .call_once_and_store_result(
+          [&] { return py::object(py::module_::import(module).attr(name)).release().ptr(); })
+      .get_stored();
 }
 
 PyObject* missing() {
-  static PyObject* object = from("torch_lazy_ext._lift", "MISSING");
-  return object;
+  return once<struct Missing>("torch_lazy_ext._lift", "MISSING");
 }
 
 void throw_if(bool error) {
@@ -57,7 +63,7 @@ PyObject* item(PyObject* dict, PyObject* key) {
 }
 
 bool is_simple(PyObject* value) {
-  static PyObject* types = from("torch_lazy_ext._tree", "SIMPLE_TYPES");
+  PyObject* types = once<struct SimpleTypes>("torch_lazy_ext._tree", "SIMPLE_TYPES");
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types); ++i) {
     if (PyTuple_GET_ITEM(types, i) == type) {
@@ -81,7 +87,7 @@ bool same(PyObject* a, PyObject* b) {
     throw_if(equal < 0);
     return equal == 1;
   }
-  static PyObject* python = from("torch_lazy_ext._tree", "same");
+  PyObject* python = once<struct Same>("torch_lazy_ext._tree", "same");
   PyObject* result = PyObject_CallFunctionObjArgs(python, a, b, nullptr);
   throw_if(result == nullptr);
   const bool answer = result == Py_True;
@@ -295,7 +301,7 @@ bool ArgumentGuard::match(const Node& node, PyObject* value, Arguments& argument
       return true;
     }
     default: {
-      static PyObject* parts = from("torch_lazy_ext._tree", "parts");
+      PyObject* parts = once<struct Parts>("torch_lazy_ext._tree", "parts");
       auto taken = py::reinterpret_steal<py::object>(PyObject_CallOneArg(parts, value));
       throw_if(taken.ptr() == nullptr);
       if (taken.is_none()) {
@@ -328,7 +334,7 @@ StateGuard::Dict& StateGuard::watch(PyObject* dict, Keep& keep) {
 }
 
 void StateGuard::add(const py::object& slot, Entry entry, Keep& keep) {
-  static PyObject* plain = from("torch_lazy_ext._lift", "Slot");
+  PyObject* plain = once<struct PlainSlot>("torch_lazy_ext._lift", "Slot");
   const py::object owner = slot.attr("owner");
   const py::object key = slot.attr("key");
   entry.key = key.ptr();

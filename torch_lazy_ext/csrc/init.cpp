@@ -1,6 +1,7 @@
 // The Python face of the extension.
 #include "call.h"
 #include "compile.h"
+#include "interrupts.h"
 #include "lower.h"
 #include "methods.h"
 #include "record.h"
@@ -185,7 +186,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "watch",
           [](Recorder& r, const at::Tensor& t, py::function written) {
-            auto call = std::make_shared<py::function>(std::move(written));
+            // The recorder may go where nobody has the GIL.
+            const std::shared_ptr<py::function> call(
+                new py::function(std::move(written)), [](py::function* function) {
+                  py::gil_scoped_acquire gil;
+                  delete function;
+                });
             r.watched[storage_of(t)] = [call] {
               py::gil_scoped_acquire gil;
               (*call)();
@@ -368,6 +374,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("graph", &Program::graph);
+  bind_interrupts(m);
   bind_call(m);
 
   bind_compile(m);

@@ -1,5 +1,6 @@
 #include "record.h"
 
+#include "interrupts.h"
 #include "shapes.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -131,12 +132,11 @@ bool is_device_argument(const c10::Argument& argument) {
 }
 
 at::Tensor number_behind(const IValue& value) {
-  pybind11::object node;
   if (value.isSymFloat()) {
-    pybind11::gil_scoped_acquire gil;
+    pybind11::gil_scoped_acquire gil; // longer than every object here
     const c10::SymNode symbolic = value.toSymFloat().toSymNodeImpl();
     if (auto* python = dynamic_cast<torch::impl::PythonSymNodeImpl*>(symbolic.get())) {
-      node = pybind11::reinterpret_borrow<pybind11::object>(python->getPyObj());
+      auto node = pybind11::reinterpret_borrow<pybind11::object>(python->getPyObj());
       return pybind11::getattr(node, "number", pybind11::none()).cast<at::Tensor>();
     }
   } else if (
@@ -168,6 +168,9 @@ Recorder::~Recorder() {
   // unwinds by recursion.
   while (!nodes.empty()) {
     nodes.pop_back();
+  }
+  if (Py_IsInitialized() == 0) {
+    return; // the end of the process
   }
   pybind11::gil_scoped_acquire gil;
   for (auto& [code, unused] : code_is_library_) {
@@ -278,6 +281,9 @@ SourceLocation Recorder::current_source() {
     auto it = code_is_library_.find(code);
     if (it == code_is_library_.end()) {
       const char* file = PyUnicode_AsUTF8(code->co_filename);
+      if (file == nullptr) {
+        PyErr_Clear(); // a name that is no text
+      }
       const std::string_view name = file == nullptr ? std::string_view() : std::string_view(file);
       const bool library = name.substr(0, library_prefix_.size()) == library_prefix_ ||
           name.substr(0, own_prefix_.size()) == own_prefix_;
@@ -304,6 +310,9 @@ std::string Recorder::describe(const SourceLocation& source) const {
   }
   pybind11::gil_scoped_acquire gil;
   const char* file = PyUnicode_AsUTF8(source.code->co_filename);
+  if (file == nullptr) {
+    PyErr_Clear();
+  }
   return std::string(file == nullptr ? "?" : file) + ":" + std::to_string(source.line);
 }
 
@@ -1111,6 +1120,9 @@ std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device dev
     call.op.callBoxed(&stack);
     results = std::move(stack);
   } catch (const std::exception& e) {
+    if (!is_error(e)) {
+      throw;
+    }
     // No meta kernel, or the program's own mistake: the real operator decides, and
     // an error of the program leaves as the operator's own exception.
     inference_failed_ = !is_not_implemented(e);
@@ -1136,6 +1148,9 @@ std::string Recorder::error_on_zeros(const OperatorCall& call) {
   try {
     call.op.callBoxed(&stack);
   } catch (const std::exception& e) {
+    if (!is_error(e)) {
+      throw;
+    }
     return message_of(e);
   }
   return "";
@@ -1167,6 +1182,9 @@ Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
       results = run(call);
     } catch (const std::exception& e) {
       eager_raised = true;
+      if (!is_error(e)) {
+        throw;
+      }
       // The program may catch the error, and go on because of it. What shape inference and
       // zeros run into too depends on no values.
       if (!inference_failed_ || message_of(e) != error_on_zeros(call)) {
