@@ -95,7 +95,8 @@ def functions() -> Iterator[tuple[Any, str, str]]:
     for module, names, what in _FUNCTIONS:
         *path, name = names.split(".")
         owner = functools.reduce(getattr, path, importlib.import_module(module))
-        if hasattr(owner, name):
+        # Where Python was built without a library, a function may be there as None.
+        if getattr(owner, name, None) is not None:
             yield owner, name, what
 
 

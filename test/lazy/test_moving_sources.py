@@ -18,6 +18,7 @@ import queue
 import random
 import secrets
 import socket
+import subprocess
 import sys
 import time
 import unittest
@@ -472,6 +473,21 @@ class Numbers:
     def __next__(self):
         self.last += 1
         return self.last
+
+
+class MissingFunctionTest(unittest.TestCase):
+    def test_python_without_a_library(self) -> None:
+        """A function of the table that is None there, as uuid's is without libuuid, is none."""
+        script = (
+            "import uuid; uuid._generate_time_safe = None\n"
+            "import torch, torch_lazy_ext\n"
+            "graph = torch_lazy_ext.extract_compiled_graph(lambda x: x + 1, (torch.ones(2),))\n"
+            "print(graph(torch.ones(2)).tolist())\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        self.assertEqual(done.stdout, "[2.0, 2.0]\n", done.stderr)
 
 
 if __name__ == "__main__":
