@@ -21,7 +21,7 @@ from torch_lazy_ext import _C, _made, _tree
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 
-COLLECTED_AFTER = 32  # captures: as often as the collector came by on its own, for small modules
+COLLECTED_AFTER = 32  # captures, so that dropped graphs of a small module stay below some 20 MiB
 
 PATIENCE = 2.0  # seconds that a capture waits for those of other threads
 
