@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 if (_refusal := _built_for.refusal(__version__)) is not None:
     raise ImportError(_refusal)
+if not _built_for.has_extension():
+    raise ImportError(_built_for.missing_extension("there is no _C beside the sources"))
 try:
     from torch_lazy_ext import _C as _C
 except ImportError as e:

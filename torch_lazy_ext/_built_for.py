@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -53,6 +53,17 @@ def without_lock() -> str | None:
     )
 
 
+def has_extension() -> bool:
+    """Whether the extension is beside these sources.
+
+    An import of it may succeed without: what finds a checkout that is installed as editable finds
+    each module of the package there that this folder lacks, and would join the sources of one
+    folder to the extension of another.
+    """
+    sources = Path(__file__).resolve().parent
+    return any((sources / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+
+
 def missing_extension(error: str) -> str:
     """What to say where the extension cannot be imported: what hides it, or how to build it.
 
@@ -60,13 +71,14 @@ def missing_extension(error: str) -> str:
         error: what the import said.
     """
     sources = Path(__file__).resolve().parent
-    elsewhere = [p for p in sys.path if Path(p or os.curdir, sources.name).resolve() != sources]
-    installed = PathFinder.find_spec(sources.name, elsewhere)
-    built = any((sources / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
-    if not built and installed is not None and installed.origin is not None:
+    path = [p for p in sys.path if Path(p or os.curdir, sources.name).resolve() != sources]
+    specs = (finder.find_spec(sources.name, path) for finder in sys.meta_path)
+    found = [Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None]
+    installed = [origin.parents[1] for origin in found if origin.resolve().parent != sources]
+    if not has_extension() and installed:
         return (
             f"the sources in {sources.parent} hide the torch_lazy_ext that is installed in "
-            f"{Path(installed.origin).parents[1]}, and have no compiled extension: Python looks "
+            f"{installed[0]}, and have no compiled extension: Python looks "
             "first in the folder that it is started in. Start it in another folder, or run "
             "`pip install --no-build-isolation -e .` here, which builds the extension beside the "
             "sources"

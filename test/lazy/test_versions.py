@@ -105,8 +105,41 @@ class MissingExtensionTest(TestCase):
         )
         self.assertIn("Start it in another folder, or run `pip install", error)
 
+    def test_installed_as_editable(self):
+        """The finder of an editable installation gives these sources another folder's extension."""
+        package = Path(torch_lazy_ext.__file__).parent
+        finder = textwrap.dedent(
+            f"""
+            import sys
+            from importlib.machinery import EXTENSION_SUFFIXES
+            from importlib.util import spec_from_file_location
+
+            class Finder:
+                def find_spec(name, path=None, target=None):
+                    if name == "torch_lazy_ext":
+                        return spec_from_file_location(name, {str(package / "__init__.py")!r})
+                    if name == "torch_lazy_ext._C":
+                        file = {str(package / "_C")!r} + EXTENSION_SUFFIXES[0]
+                        return spec_from_file_location(name, file)
+
+            sys.meta_path.append(Finder)
+            """
+        )
+        with tempfile.TemporaryDirectory() as site:
+            Path(site, "sitecustomize.py").write_text(finder)
+            path = os.pathsep.join([site, *(p for p in sys.path if Path(p) != package.parent)])
+            folder, error = self.attempt(PYTHONPATH=path)
+        self.assertIn(
+            f"ImportError: the sources in {folder} hide the torch_lazy_ext that is installed in "
+            f"{package.parent}, and have no compiled extension",
+            error,
+        )
+
     def test_installed_nowhere(self):
-        with unittest.mock.patch.object(sys, "path", []):
+        with (
+            unittest.mock.patch.object(sys, "path", []),
+            unittest.mock.patch.object(sys, "meta_path", []),
+        ):
             error = _built_for.missing_extension("no module")
         self.assertIn("torch_lazy_ext has no compiled extension here: run `pip install .`", error)
         self.assertIn("(no module)", error)
