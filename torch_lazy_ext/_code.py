@@ -28,7 +28,7 @@ OWN = frozenset(
 )
 # Their functions are not looked into for state of the program; what they name is guarded all the
 # same when they run.
-LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "torch_lazy_ext"}
+LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"numpy", "torch", "torch_lazy_ext"}
 
 # Names of what finds attributes that no code names. Where a program's own code uses one of them,
 # everything that its objects hold is guarded.

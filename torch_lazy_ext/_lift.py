@@ -364,7 +364,7 @@ class State:
         elif isinstance(value, (dict, list, tuple, collections.deque)):
             if _tree.length(value) <= _tree.LIMIT:
                 yield from self._items(value, name)
-            own = getattr(value, "__dict__", None)
+            own = _tree.own_dict(value)
             if own or (own is not None and not _code.is_library(type(value))):
                 self.objects.append(value)
                 yield from self._attributes(value, name)
@@ -405,7 +405,7 @@ class State:
             yield from self._attributes(value, name)
         elif _tree.parts(value) is not None:
             self.objects.append(value)
-            own = getattr(value, "__dict__", None)
+            own = _tree.own_dict(value)
             if own is not None:
                 yield from self._attributes(value, name)
             for key in _tree._attributes(value):

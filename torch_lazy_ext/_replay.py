@@ -491,7 +491,7 @@ def _native_result(source: _lower.Source, seen: set[int]) -> tuple[Any, ...] | N
     if isinstance(source, _lower.FromLifted):
         return None if source.alias else ("lifted", source.index)
     if isinstance(source, _lower.Built) and source.shape.cls in (tuple, list, dict):
-        if id(source) in seen:
+        if id(source) in seen or source.shape.has_tensor_keys:
             return None  # one object in two places
         seen.add(id(source))
         children = [_native_result(c, seen) for c in source.children]
@@ -810,7 +810,7 @@ def _unsuitable(lowered: _lower.Lowered) -> str:
 
 def _kept_value(leaf: Any) -> Any:
     # An array can be written to between the calls.
-    return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
+    return leaf.copy() if _tree.is_array(leaf) else leaf
 
 
 class ExtractedModule(nn.Module):

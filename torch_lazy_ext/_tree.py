@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import enum
 import functools
 import sys
@@ -41,13 +42,23 @@ _STRUCTURES_OF_TORCH = ("torch.distributions", "torch.nn.utils.rnn", "torch.retu
 LIMIT = 10_000  # a longer container is data, not structure: it counts by identity
 
 
+class _TensorKey:
+    """Stands among the keys of a dictionary for a tensor, which is a child."""
+
+    def __repr__(self) -> str:
+        return "<a tensor>"
+
+
+TENSOR_KEY = _TensorKey()
+
+
 class Shape:
     """What a container looks like without its children: class, keys, attribute names.
 
     Two containers with equal shapes and equal children are indistinguishable.
     """
 
-    __slots__ = ("_identity", "attributes", "cls", "extra", "keys", "length")
+    __slots__ = ("_identity", "attributes", "cls", "extra", "has_tensor_keys", "keys", "length")
 
     def __init__(
         self,
@@ -58,8 +69,11 @@ class Shape:
         extra: Any = None,
     ) -> None:
         self.cls = cls
-        self.length = length  # children that are items; the rest are attributes
+        # Children are as many items, then attributes, and last the keys that are tensors: a program
+        # finds an item by the twin of such a key.
+        self.length = length
         self.keys = keys
+        self.has_tensor_keys = keys is not None and any(k is TENSOR_KEY for k in keys)
         self.attributes = attributes
         self.extra = extra  # default_factory, maxlen
         key_types = None if keys is None else tuple(map(type, keys))
@@ -82,16 +96,19 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
     if cls is dict:
         if len(value) > LIMIT:
             return None
-        return Shape(cls, len(value), tuple(value), ()), list(value.values())
+        keys, tensors = _keys(value)
+        return Shape(cls, len(value), keys, ()), [*value.values(), *tensors]
     if not _is_structure(cls, value):
         return None
     items: list[Any] = []
+    tensors = []
     keys = extra = None
     if isinstance(value, dict):
         content = items_of(value)
-        keys = tuple(content)
+        keys, tensors = _keys(content)
         items = list(content.values())
-        extra = getattr(value, "default_factory", None)
+        if isinstance(value, collections.defaultdict):
+            extra = value.default_factory
     elif isinstance(value, (tuple, list)):
         items = list_of(value)
     elif isinstance(value, collections.deque):
@@ -99,12 +116,20 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
         extra = value.maxlen
     elif isinstance(value, (set, bytearray, array.array)):
         items = list(value)
-        extra = getattr(value, "typecode", None)
+        extra = value.typecode if isinstance(value, array.array) else None
     if len(items) > LIMIT:
         return None
     attributes = _attributes(value)
     shape = Shape(cls, len(items), keys, tuple(attributes), extra)
-    return shape, items + list(attributes.values())
+    return shape, [*items, *attributes.values(), *tensors]
+
+
+def _keys(content: dict[Any, Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """The keys of a dictionary, and which of them are tensors."""
+    tensors = [key for key in content if isinstance(key, torch.Tensor)]
+    if not tensors:
+        return tuple(content), tensors
+    return tuple(TENSOR_KEY if isinstance(k, torch.Tensor) else k for k in content), tensors
 
 
 def items_of(value: dict[Any, Any]) -> dict[Any, Any]:
@@ -175,20 +200,40 @@ def _is_structure(cls: type, value: Any) -> bool:
         return module.startswith(_STRUCTURES_OF_TORCH)
     if cls is types.SimpleNamespace:
         return True
-    if root in sys.stdlib_module_names or root in ("numpy", "torch_lazy_ext"):
+    if root in sys.stdlib_module_names or root == "torch_lazy_ext":
         return False
-    return hasattr(value, "__dict__") or any("__slots__" in vars(c) for c in cls.__mro__)
+    if root == "numpy" and (not _is_in_python(cls) or hasattr(cls, "__array_finalize__")):
+        return False
+    return own_dict(value) is not None or any("__slots__" in vars(c) for c in cls.__mro__)
+
+
+def _is_in_python(cls: type) -> bool:
+    """Whether a class is written in Python."""
+    heap_type = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+    return bool(cls.__flags__ & heap_type)
+
+
+def own_dict(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object, where it has a dictionary for them.
+
+    Its class is asked whether it has, since its own `__getattr__` may raise anything.
+    """
+    if type(value).__dictoffset__ == 0:
+        return None
+    attributes: dict[str, Any] = value.__dict__
+    return attributes
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    found = dict(getattr(value, "__dict__", ()))
+    found = dict(own_dict(value) or ())
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name.startswith("__") and not name.endswith("__"):
                 name = f"_{cls.__name__.lstrip('_')}{name}"
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                found[name] = getattr(value, name)
+            if name not in ("__dict__", "__weakref__"):
+                with contextlib.suppress(AttributeError):
+                    found[name] = object.__getattribute__(value, name)
     return found
 
 
@@ -206,10 +251,12 @@ def make(shape: Shape) -> Any:
     if issubclass(cls, array.array):
         return cls(shape.extra)
     if issubclass(cls, collections.defaultdict):
-        made = cls.__new__(cls)
+        made = collections.defaultdict.__new__(cls)
         made.default_factory = shape.extra
         return made
-    return cls.__new__(cls)
+    # Not a `__new__` that is written in Python, which may ask for arguments.
+    base: Any = next(base for base in cls.__mro__ if not _is_in_python(base))
+    return base.__new__(cls)
 
 
 def make_tuple(shape: Shape, children: list[Any]) -> Any:
@@ -233,16 +280,17 @@ def fill(value: Any, shape: Shape, children: list[Any]) -> None:
         ordered = isinstance(value, collections.OrderedDict)
         base: Any = collections.OrderedDict if ordered else dict
         base.clear(value)
+        tensors = iter(children[shape.length + len(shape.attributes) :])
         for key, item in zip(shape.keys or (), items, strict=True):
-            base.__setitem__(value, key, item)
+            base.__setitem__(value, next(tensors) if key is TENSOR_KEY else key, item)
     elif isinstance(value, (list, collections.deque, set, bytearray, array.array)):
         refill(value, items)
     _set_attributes(value, shape, children)
 
 
 def _set_attributes(value: Any, shape: Shape, children: list[Any]) -> None:
-    own = getattr(value, "__dict__", None)
-    wanted = dict(zip(shape.attributes, children[shape.length :], strict=True))
+    own = own_dict(value)
+    wanted = dict(zip(shape.attributes, children[shape.length :]))
     if own is not None:
         for name in [n for n in own if n not in wanted]:
             del own[name]
@@ -348,9 +396,7 @@ def same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, float):
         return (a == b and str(a) == str(b)) or (a != a and b != b)
-    if type(a).__module__ == "numpy":
-        if not hasattr(a, "dtype"):
-            return False
+    if type(a).__module__ == "numpy" and hasattr(a, "tobytes"):
         return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     try:
         return bool(a == b)

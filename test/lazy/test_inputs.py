@@ -84,6 +84,45 @@ def _one_list_or_two(i: int) -> tuple[list[Tensor], list[Tensor]]:
     return (first, first) if i % 2 else (first, second)
 
 
+class Named(dict[str, Any]):
+    """A dictionary whose items are attributes: a name that is no key raises a KeyError."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class SlotsAndNames:
+    """Finds by `__getattr__` what it has no place for."""
+
+    __slots__ = ("names",)
+
+    def __init__(self, **names: Any) -> None:
+        self.names = names
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # which copies ask for
+        return object.__getattribute__(self, "names")[name]
+
+
+def _keyed(i: int) -> tuple[Any, ...]:
+    x, y = randn(2), randn(2)
+    return (x, y), {(x, y)[i % 2]: randn(2), "k": y}
+
+
+def _adds_key(x: Tensor, held: dict[Any, Any]) -> Tensor:
+    held[x] = x + 1
+    return x * 2
+
+
+def _set_coefficient(array_polynomial: Any, i: int) -> Any:
+    array_polynomial.coeffs[0] = i // 2
+    return array_polynomial
+
+
+_POLYNOMIAL = numpy.poly1d([1.0, 2.0, 3.0])
+
+
 class DifferenceTest(unittest.TestCase):
     """What two arguments can differ in beside values and items."""
 
@@ -195,6 +234,84 @@ class DifferenceTest(unittest.TestCase):
 
     test_raises_by_what_was_written = makefunctiontest(
         _raises_by_what_was, _one_memory, captures=None
+    )
+
+
+class TakenApartTest(unittest.TestCase):
+    """Arguments that are no plain containers, and still have parts."""
+
+    test_dict_with_getattr = makefunctiontest(
+        lambda x, c: (x + c.offset, c["offset"], len(c)),
+        lambda i: (randn(2), Named(offset=randn(2) if i % 2 else 5)),
+        captures=2,
+        calls=4,
+    )
+    test_dict_with_getattr_and_factory = makefunctiontest(
+        lambda x, c: x + c.default_factory,
+        lambda: (randn(2), Named(default_factory=randn(2))),
+        captures=None,
+    )
+    test_slots_with_getattr = makefunctiontest(
+        lambda x, c: x * c.scale,
+        lambda i: (randn(2), SlotsAndNames(scale=float(i % 2))),
+        captures=2,
+        calls=4,
+    )
+    test_keyed_by_a_tensor = makefunctiontest(
+        lambda pair, d: [d[k] for k in pair if k in d], _keyed, captures=2, calls=4
+    )
+    test_keyed_by_a_tensor_alone = makefunctiontest(
+        lambda d: [k * v for k, v in d.items()], lambda: ({randn(2): randn(2)},)
+    )
+    test_keyed_by_a_tensor_of_other_shape = makefunctiontest(
+        lambda d: sum(k.sum() * v for k, v in d.items()),
+        lambda i: ({randn(2 + i % 2): 2.0},),
+        captures=2,
+        calls=4,
+    )
+    test_ordered_keyed_by_tensors = makefunctiontest(
+        lambda d: torch.cat(list(d)) + torch.cat(list(d.values())),
+        lambda: (collections.OrderedDict((randn(2), randn(2)) for _ in range(2)),),
+    )
+    test_key_added = makefunctiontest(_adds_key, lambda: (randn(2), {"a": 1}), captures=None)
+    test_key_written_to = makefunctiontest(
+        lambda d: [k.mul_(v) for k, v in d.items()][0] + 1, lambda: ({randn(2): 3.0},)
+    )
+    test_dict_with_tensor_keys_is_returned = makefunctiontest(
+        lambda x, d: (d, d[x] + 1), lambda: (x := randn(2), {x: randn(2)})
+    )
+
+    test_finfo = makefunctiontest(
+        lambda x, info: x * float(info.eps) + float(info.max),
+        lambda i: (randn(2), numpy.finfo((numpy.float32, numpy.float64)[i % 2])),
+        captures=2,
+        calls=4,
+    )
+    test_iinfo = makefunctiontest(
+        lambda x, info: x * info.bits,
+        lambda i: (randn(2), numpy.iinfo((numpy.int8, numpy.int64)[i % 2])),
+        captures=2,
+        calls=4,
+    )
+    test_polynomial = makefunctiontest(
+        lambda x, p: p(x), lambda: (randn(2), numpy.poly1d([1.0, 2.0])), captures=None
+    )
+    test_polynomial_changed_in_place = makefunctiontest(
+        lambda x, p: x * float(p(2.0)),
+        lambda i: (randn(2), _set_coefficient(_POLYNOMIAL, i)),
+        captures=None,
+        calls=6,
+    )
+    test_vectorized = makefunctiontest(
+        lambda x, f: x * float(f(2.0)),
+        lambda: (randn(2), numpy.vectorize(lambda v: v + 1)),
+        captures=None,
+    )
+    test_dtype_of_numpy = makefunctiontest(
+        lambda x, d: x * d.itemsize,
+        lambda i: (randn(2), numpy.dtype(("int8", "int64")[i % 2])),
+        captures=2,
+        calls=4,
     )
 
 

@@ -175,7 +175,9 @@ ArgumentGuard::Node ArgumentGuard::parse(const py::handle& spec, Keep& keep) {
     node.kind = Kind::Tuple;
   } else if (cls.ptr() == reinterpret_cast<PyObject*>(&PyList_Type)) {
     node.kind = Kind::List;
-  } else if (cls.ptr() == reinterpret_cast<PyObject*>(&PyDict_Type)) {
+  } else if (
+      cls.ptr() == reinterpret_cast<PyObject*>(&PyDict_Type) &&
+      !shape.attr("has_tensor_keys").cast<bool>()) {
     node.kind = Kind::Dict;
     for (const py::handle& key : py::cast<py::tuple>(shape.attr("keys"))) {
       node.keys.push_back(key.ptr());
