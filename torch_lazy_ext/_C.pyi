@@ -43,6 +43,7 @@ __all__: list[str] = [
     "is_capture_tensor",
     "lower",
     "names_of",
+    "names_within",
     "same_bits",
     "set_stand_ins",
     "set_unsupported_error",
@@ -445,7 +446,12 @@ def lower(
 ) -> tuple[torch._C.Graph, list[int]]: ...
 def names_of(arg0: typing.Any) -> tuple[typing.Any, ...]:
     """
-    What a code object names: see _code.Names.
+    What a code object names, a _code.Names.
+    """
+
+def names_within(arg0: typing.Any) -> tuple[typing.Any, ...]:
+    """
+    What a code object and those inside of it name, a _code.Names.
     """
 
 def same_bits(arg0: torch.Tensor, arg1: torch.Tensor) -> bool:

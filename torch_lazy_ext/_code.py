@@ -9,11 +9,10 @@ then stands on each namespace that the program reaches, for these names (`_names
 from __future__ import annotations
 
 import dis
-import functools
 import sys
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -57,6 +56,8 @@ class Names(NamedTuple):
         stored_attributes: that it sets or deletes.
         imports: modules.
         strings: parts of its string constants that could be attributes.
+        all: attributes, set ones too, and strings.
+        globals: which it reads or sets.
     """
 
     chains: tuple[tuple[str, ...], ...]
@@ -65,11 +66,8 @@ class Names(NamedTuple):
     stored_attributes: frozenset[str]
     imports: tuple[str, ...]
     strings: frozenset[str]
-
-    @property
-    def all(self) -> frozenset[str]:
-        """All but the globals."""
-        return self.attributes | self.stored_attributes | self.strings
+    all: frozenset[str]
+    globals: tuple[str, ...]
 
     @property
     def is_dynamic(self) -> bool:
@@ -78,22 +76,13 @@ class Names(NamedTuple):
 
 
 def names_of(code: types.CodeType) -> Names:
-    return Names(*_C.names_of(code))
+    """What a code object names, noted with it when it is first asked for."""
+    return cast(Names, _C.names_of(code))
 
 
-@functools.cache
 def names_within(code: types.CodeType) -> Names:
     """What a code object and those inside of it name."""
-    found = [names_of(code)]
-    found += [names_within(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return Names(
-        tuple(dict.fromkeys(c for n in found for c in n.chains)),
-        frozenset().union(*(n.stored for n in found)),
-        frozenset().union(*(n.attributes for n in found)),
-        frozenset().union(*(n.stored_attributes for n in found)),
-        tuple(dict.fromkeys(i for n in found for i in n.imports)),
-        frozenset().union(*(n.strings for n in found)),
-    )
+    return cast(Names, _C.names_within(code))
 
 
 def is_library(thing: Callable[..., Any] | type | types.ModuleType) -> bool:

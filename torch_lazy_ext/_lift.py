@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import contextvars
 import functools
 import gc
@@ -198,7 +199,8 @@ class State:
         namespaces: ids of the containers that are the attributes of an object.
         registries: ids of those that are the parameters or buffers of a module.
         objects: what has a class of its own: modules, instances.
-        types: the classes of these, and those that the program holds.
+        types: the classes of these, and those that the program holds, each with whether its
+            functions may be called.
         locals: each threading.local.
         arrays: numpy arrays.
         weak: ids of what weak references refer to.
@@ -219,10 +221,11 @@ class State:
         self._groups: set[int] = set()  # ids of the param_groups of optimizers
         self._put: dict[tuple[int, Any], Any] = {}  # what stands in the place of numbers
         self._seen: dict[int, Any] = {}
+        self._looks: dict[type, _Look | None] = {dict: State._look_into_dict}
         self.namespaces: set[int] = set()
         self.registries: set[int] = set()
         self.objects: list[Any] = []
-        self.types: dict[type, None] = {}
+        self.types: dict[type, bool] = {}
         self.locals: list[tuple[threading.local, dict[str, Any]]] = []
         self.arrays: list[tuple[Any, str]] = []
         self.dynamic = False
@@ -324,101 +327,148 @@ class State:
 
     def walk(self, root: Any, name: str = "") -> None:
         """Add what `root` can reach; `name` is the path to it."""
-        stack: list[tuple[Any, str]] = [(root, name)]
+        self._walk([(root, name)])
+
+    def _walk(self, stack: _Found) -> None:
+        seen = self._seen
+        found: _Found = []
         while stack:
             value, name = stack.pop()
-            if id(value) in self._seen:
+            if id(value) in seen:
                 continue
-            self._seen[id(value)] = value
-            stack.extend(reversed(list(self._children(value, name))))
+            seen[id(value)] = value
+            look = self._look_of(type(value), value)
+            if look is not None:
+                look(self, value, name, found)
+                found.reverse()  # the first is looked into first
+                stack += found
+                found.clear()
 
-    def _children(self, value: Any, name: str) -> Iterator[tuple[Any, str]]:
-        cls = type(value)
-        if cls is dict or (cls is collections.OrderedDict and not value.__dict__):
-            if len(value) <= _tree.LIMIT:
-                yield from self._items(value, name)
-        elif cls in _WITHOUT_STATE:
-            return
-        elif isinstance(value, functools.partial):
-            self.functions.append(value)
-            yield value.func, name
-            yield from self._items(value.args, name)
-            yield from self._items(value.keywords, name)
-        elif isinstance(value, types.MethodType):
-            yield value.__self__, "self"
-            yield value.__func__, name
-        elif isinstance(value, types.FunctionType):
-            yield from self._function(value, name)
-        elif isinstance(value, nn.Module):
-            self.modules.append(value)
-            self.objects.append(value)
-            self.registries.update((id(value._parameters), id(value._buffers)))
-            yield from self._attributes(value, name)
-            yield from self._class(type(value), name)
-        elif isinstance(value, OBJECTS_OF_TORCH):
-            self._groups.update(map(id, getattr(value, "param_groups", ())))
-            if isinstance(value, torch.optim.Optimizer) and not hasattr(value, "_opt_called"):
-                # A scheduler makes the first step leave this note, which no step reads.
-                self.unsized.add(id(value.__dict__))
-            yield from self._attributes(value, name)
-        elif isinstance(value, (dict, list, tuple, collections.deque)):
-            if _tree.length(value) <= _tree.LIMIT:
-                yield from self._items(value, name)
-            own = _tree.own_dict(value)
-            if own or (own is not None and not _code.is_library(type(value))):
-                self.objects.append(value)
-                yield from self._attributes(value, name)
-                yield from self._class(type(value), name)
-        elif isinstance(value, type):
-            yield from self._class(value, name, called=False)
-        elif isinstance(value, types.ModuleType):
-            if not _code.is_library(value):
-                yield from self._space(value, True, name)
-        elif isinstance(value, PLAIN_CONTENTS):
-            if len(value) <= _tree.LIMIT:
-                self.containers.append((value, list(value)))
-            if isinstance(value, set):
-                yield from ((item, name) for item in value)
-        elif isinstance(value, frozenset):
-            yield from ((item, name) for item in value)
-        elif isinstance(value, types.MappingProxyType):
-            yield from ((d, name) for d in gc.get_referents(value))
-        elif isinstance(value, weakref.ref):
-            self.values.append((AliveSlot(value, None, name), value() is not None))
-            self.weak.add(id(value()))
-            yield value(), name
-        elif isinstance(value, contextvars.ContextVar):
-            yield from self._slot(Slot(value, None, name))
-        elif isinstance(value, threading.local):
-            attributes = dict(vars(value))
-            self.locals.append((value, attributes))
-            for key in attributes:
-                yield from self._slot(Slot(value, key, _join(name, key)))
-        elif isinstance(value, (operator.attrgetter, operator.methodcaller)):
-            self.dynamic = True
-        elif isinstance(value, DESCRIPTORS):
-            yield from ((f, name) for f in _functions_of(value))
-        elif _tree.is_array(value):
-            self.arrays.append((value, name))
-        elif isinstance(value, STRUCTURES_OF_LIBRARY):
-            self.objects.append(value)
-            yield from self._attributes(value, name)
-        elif _tree.parts(value) is not None:
-            self.objects.append(value)
-            own = _tree.own_dict(value)
-            if own is not None:
-                yield from self._attributes(value, name)
-            for key in _tree._attributes(value):
-                if own is None or key not in own:
-                    yield from self._slot(Slot(value, key, _join(name, key)), single=True)
-            yield from self._class(type(value), name)
+    def _look_of(self, cls: type, value: Any) -> _Look | None:
+        """How to look into an object of a class; None where it holds nothing."""
+        try:
+            return self._looks[cls]
+        except KeyError:
+            pass
+        if cls in weakref.ProxyTypes:
+            with contextlib.suppress(ReferenceError):
+                return self._look_of(value.__class__, value)
+            return None
+        look = self._looks[cls] = _look_of(cls, value)
+        return look
 
-    def _attributes(self, owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+    def _look_into_dict(self, value: dict[Any, Any], name: str, found: _Found) -> None:
+        if len(value) <= _tree.LIMIT:
+            self._items(value, name, found)
+
+    def _look_into_ordered_dict(self, value: Any, name: str, found: _Found) -> None:
+        if value.__dict__:
+            self._look_into_container(value, name, found)
+        else:
+            self._look_into_dict(value, name, found)
+
+    def _look_into_partial(self, value: functools.partial[Any], name: str, found: _Found) -> None:
+        self.functions.append(value)
+        found.append((value.func, name))
+        self._items(value.args, name, found)
+        self._items(value.keywords, name, found)
+
+    def _look_into_method(self, value: types.MethodType, name: str, found: _Found) -> None:
+        found.append((value.__self__, "self"))
+        found.append((value.__func__, name))
+
+    def _look_into_module(self, value: nn.Module, name: str, found: _Found) -> None:
+        self.modules.append(value)
+        self.objects.append(value)
+        self.registries.update((id(value._parameters), id(value._buffers)))
+        self._attributes(value, name, found)
+        self._class(type(value), name, found)
+
+    def _look_into_object_of_torch(self, value: Any, name: str, found: _Found) -> None:
+        self._groups.update(map(id, getattr(value, "param_groups", ())))
+        if isinstance(value, torch.optim.Optimizer) and not hasattr(value, "_opt_called"):
+            # A scheduler makes the first step leave this note, which no step reads.
+            self.unsized.add(id(value.__dict__))
+        self._attributes(value, name, found)
+
+    def _look_into_container(self, value: Any, name: str, found: _Found) -> None:
+        if _tree.length(value) <= _tree.LIMIT:
+            self._items(value, name, found)
+        own = _tree.own_dict(value)
+        if own or (own is not None and not _code.is_library(type(value))):
+            self.objects.append(value)
+            self._attributes(value, name, found)
+            self._class(type(value), name, found)
+
+    def _look_into_class(self, value: type, name: str, found: _Found) -> None:
+        self._class(value, name, found, called=False)
+
+    def _look_into_python_module(self, value: types.ModuleType, name: str, found: _Found) -> None:
+        if not _code.is_library(value):
+            self._space(value, True, name, found)
+
+    def _look_into_content(self, value: Any, name: str, found: _Found) -> None:
+        if len(value) <= _tree.LIMIT:
+            self.containers.append((value, list(value)))
+        if isinstance(value, set):
+            found += [(item, name) for item in value]
+
+    def _look_into_frozenset(self, value: frozenset[Any], name: str, found: _Found) -> None:
+        found += [(item, name) for item in value]
+
+    def _look_into_proxy(
+        self, value: types.MappingProxyType[Any, Any], name: str, found: _Found
+    ) -> None:
+        found += [(held, name) for held in gc.get_referents(value)]
+
+    def _look_into_reference(self, value: weakref.ref[Any], name: str, found: _Found) -> None:
+        self.values.append((AliveSlot(value, None, name), value() is not None))
+        self.weak.add(id(value()))
+        found.append((value(), name))
+
+    def _look_into_variable(
+        self, value: contextvars.ContextVar[Any], name: str, found: _Found
+    ) -> None:
+        self._slot(Slot(value, None, name), found)
+
+    def _look_into_local(self, value: threading.local, name: str, found: _Found) -> None:
+        attributes = dict(vars(value))
+        self.locals.append((value, attributes))
+        for key in attributes:
+            self._slot(Slot(value, key, _join(name, key)), found)
+
+    def _look_into_getter(self, value: Any, name: str, found: _Found) -> None:
+        self.dynamic = True
+
+    def _look_into_descriptor(self, value: Any, name: str, found: _Found) -> None:
+        found += [(fn, name) for fn in _functions_of(value)]
+
+    def _look_into_array(self, value: Any, name: str, found: _Found) -> None:
+        self.arrays.append((value, name))
+
+    def _look_into_structure_of_library(self, value: Any, name: str, found: _Found) -> None:
+        self.objects.append(value)
+        self._attributes(value, name, found)
+
+    def _look_into_object(self, value: Any, name: str, found: _Found) -> None:
+        self.objects.append(value)
+        own = _tree.own_dict(value)
+        if own is not None:
+            self._attributes(value, name, found)
+        for key in _tree._attributes(value):
+            if own is None or key not in own:
+                self._slot(Slot(value, key, _join(name, key)), found, single=True)
+        self._class(type(value), name, found)
+
+    def _look_into_tensor(self, value: torch.Tensor, name: str, found: _Found) -> None:
+        """Only a tensor that is in a slot counts, and what it has of its own: see `_found`."""
+
+    def _attributes(self, owner: Any, name: str, found: _Found) -> None:
         """What an object holds in its dictionary."""
         self.namespaces.add(id(owner.__dict__))
-        yield from self._items(owner.__dict__, name)
+        self._items(owner.__dict__, name, found)
 
-    def _space(self, owner: Any, called: bool, name: str) -> Iterator[tuple[Any, str]]:
+    def _space(self, owner: Any, called: bool, name: str, found: _Found) -> None:
         """What functions of the program name of a module or a class.
 
         Args:
@@ -434,56 +484,59 @@ class State:
             for key in content:
                 self._with_name.setdefault(key, []).append((owner, called))
         for key in content.keys() & self.names:
-            yield from self._member(owner, key, called, name)
+            self._member(owner, key, called, name, found)
 
-    def _member(self, owner: Any, key: str, called: bool, name: str) -> Iterator[tuple[Any, str]]:
+    def _member(self, owner: Any, key: str, called: bool, name: str, found: _Found) -> None:
         value = self._spaces[id(owner)][1][key]
         if self._ran is not None and type(value) in _tree.SIMPLE_TYPES:
             return  # guarded by its name
         if key in _DECLARATIONS:
             return
         if not isinstance(value, FUNCTIONS):
-            yield from self._slot(Slot(_owner(owner), key, f"{owner.__name__}.{key}"))
+            self._slot(Slot(_owner(owner), key, f"{owner.__name__}.{key}"), found)
         elif called:
-            yield value, name
+            found.append((value, name))
 
-    def _class(self, cls: type, name: str, called: bool = True) -> Iterator[tuple[Any, str]]:
+    def _class(self, cls: type, name: str, found: _Found, called: bool = True) -> None:
         """What functions of the program may use of a class, by their names."""
-        self.types[cls] = None
+        if self.types.get(cls, -1) >= called:
+            return
+        self.types[cls] = called
         for base in cls.__mro__:
             known = self._spaces.get(id(base))
             if (known is None or known[2] < called) and not _code.is_library(base):
-                yield from self._space(base, called, name)
+                self._space(base, called, name, found)
 
-    def _function(self, fn: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
-        if not _code.is_library(fn):
+    def _look_into_function(self, fn: types.FunctionType, name: str, found: _Found) -> None:
+        library = _code.is_library(fn)
+        if not library:
             self.functions.append(fn)
         for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
-            yield from self._slot(Slot(cell, None, key), single=True)
-        if _code.is_library(fn):
+            self._slot(Slot(cell, None, key), found, single=True)
+        if library:
             wrapped = vars(fn).get("__wrapped__")
             if wrapped is not None:
-                yield wrapped, name
+                found.append((wrapped, name))
             return
         if self._ran is not None and id(fn.__code__) not in self._ran.codes:
             return
         for i, default in enumerate(fn.__defaults__ or ()):
             if isinstance(default, torch.Tensor):
-                yield from self._slot(Slot(fn.__defaults__, i, f"{fn.__name__}.{i}"))
+                self._slot(Slot(fn.__defaults__, i, f"{fn.__name__}.{i}"), found)
             elif type(default) not in _tree.SIMPLE_TYPES:
-                yield default, fn.__name__
+                found.append((default, fn.__name__))
         if fn.__kwdefaults__:
-            yield from self._items(fn.__kwdefaults__, name)
+            self._items(fn.__kwdefaults__, name, found)
         if vars(fn):
             self.namespaces.add(id(vars(fn)))
-            yield from self._items(vars(fn), fn.__name__)
+            self._items(vars(fn), fn.__name__, found)
         else:
             self.bare.append(fn)
-        yield from self._global_names(fn.__code__, fn.__globals__, name)
+        self._global_names(fn.__code__, fn.__globals__, name, found)
 
     def _global_names(
-        self, code: types.CodeType, space: dict[str, Any], name: str
-    ) -> Iterator[tuple[Any, str]]:
+        self, code: types.CodeType, space: dict[str, Any], name: str, found: _Found
+    ) -> None:
         stack = [code]
         while stack:
             inner = stack.pop()
@@ -491,18 +544,18 @@ class State:
             self._codes.append(inner)
             stack += [c for c in inner.co_consts if isinstance(c, types.CodeType)]
         names = _code.names_within(code)
-        for key in dict.fromkeys([c[0] for c in names.chains] + sorted(names.stored)):
+        for key in names.globals:
             if key in space or key in names.stored:
-                yield from self._slot(Slot(space, key, key), single=True)
+                self._slot(Slot(space, key, key), found, single=True)
         new = names.all - self.names
         self.names |= new
         for key in new & self._with_name.keys():
             for owner, called in self._with_name[key]:
-                yield from self._member(owner, key, called, name)
+                self._member(owner, key, called, name, found)
         for imported in names.imports:
             module = sys.modules.get(imported)
             if module is not None:
-                yield module, imported
+                found.append((module, imported))
 
     def enter(self, code: types.CodeType, fn: types.FunctionType | None, space: Any) -> None:
         """A function of the program starts that the walk may not have come to."""
@@ -511,8 +564,10 @@ class State:
         if fn is not None:
             self.walk(fn)
         else:
-            for value, name in list(self._global_names(code, space, "")):
-                self.walk(value, name)
+            found: _Found = []
+            self._global_names(code, space, "", found)
+            found.reverse()
+            self._walk(found)
         if self._make is not None:
             self.put_numbers(self._make)
 
@@ -525,7 +580,8 @@ class State:
         """Of the same program, what the code that ran can have reached, by the names in it."""
         return State(*self._roots, ran=ran)
 
-    def _items(self, owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+    def _items(self, owner: Any, name: str, found: _Found) -> None:
+        prefix = f"{name}." if name else ""
         if isinstance(owner, dict):
             if not dict.__len__(owner):
                 self.containers.append((owner, {}))
@@ -534,38 +590,54 @@ class State:
             if self._ran is not None and id(owner) in self.namespaces:
                 items = {k: v for k, v in items.items() if self._ran.may_read(k)}
             self.containers.append((owner, items))
-            for i, key in enumerate(items):
-                # The state of an optimizer has its parameters as keys.
-                label = i if isinstance(key, torch.Tensor) else key
+            all_count = self._ran is not None or id(owner) in self._groups
+            for i, (key, value) in enumerate(items.items()):
                 if type(key) is not str and type(key) not in _tree.SIMPLE_TYPES:
                     self._seen.setdefault(id(key), key)
-                yield from self._slot(Slot(owner, key, _join(name, label)))
+                if all_count or type(value) not in _SIMPLE_TYPES:
+                    # The state of an optimizer has its parameters as keys.
+                    label = i if isinstance(key, torch.Tensor) else key
+                    self._found(Slot(owner, key, f"{prefix}{label}"), value, found)
             return
         values = _tree.list_of(owner)
         if not isinstance(owner, tuple):
             self.containers.append((owner, values))
-        for key in range(len(values)):
-            yield from self._slot(Slot(owner, key, _join(name, key)))
+        for i, value in enumerate(values):
+            if self._ran is not None or type(value) not in _SIMPLE_TYPES:
+                self._found(Slot(owner, i, f"{prefix}{i}"), value, found)
 
-    def _slot(self, slot: Slot, single: bool = False) -> Iterator[tuple[Any, str]]:
+    def _slot(self, slot: Slot, found: _Found, single: bool = False) -> None:
         value = slot.read()
         if single:
             self._single.append((slot, value))
-        if isinstance(value, torch.Tensor):
+        self._found(slot, value, found)
+
+    def _found(self, slot: Slot, value: Any, found: _Found) -> None:
+        """A slot holds `value`. Before the program runs, simple values do not matter."""
+        cls = type(value)
+        if cls in _SIMPLE_TYPES:
+            if id(slot.owner) not in self._groups or not self._number(slot, value):
+                self.values.append((slot, value))
+            return
+        look = self._look_of(cls, value)
+        if look is _LOOK_INTO_TENSOR:
             self.tensors.setdefault(id(value), (value, []))[1].append(slot)
             if value.__dict__ and id(value) not in self._seen:
                 self._seen[id(value)] = value
-                yield from self._attributes(value, slot.name)
+                self._attributes(value, slot.name, found)
             return
-        if id(slot.owner) in self._groups and self._number(slot, value):
+        if cls is tuple and id(slot.owner) in self._groups and self._number(slot, value):
             return
         self.values.append((slot, value))
-        if type(value) not in _tree.SIMPLE_TYPES:
-            name = slot.name
-            # `net._modules.layer` is `net.layer` to the user.
+        if look is None:
+            self._seen.setdefault(id(value), value)
+            return
+        name = slot.name
+        # `net._modules.layer` is `net.layer` to the user.
+        if "._" in name or name.startswith("_"):
             for part in ("_modules.", "_parameters.", "_buffers."):
                 name = name.replace(part, "")
-            yield value, name
+        found.append((value, name))
 
     def _number(self, slot: Slot, value: Any) -> bool:
         """Whether a hyperparameter is a float or a tuple of floats, which it then notes."""
@@ -608,6 +680,20 @@ def _restore_dict(container: dict[Any, Any], before: dict[Any, Any]) -> Iterator
         base.__setitem__(container, key, value)
 
 
+def _look_of(cls: type, value: Any) -> _Look | None:
+    """How `State` looks into the objects of a class, of which `value` is one."""
+    if cls in _WITHOUT_STATE or cls in _tree.SIMPLE_TYPES:
+        return None
+    for bases, look in _LOOKS:
+        if issubclass(cls, bases):
+            return look
+    if _tree.is_array(value):
+        return State._look_into_array
+    if issubclass(cls, STRUCTURES_OF_LIBRARY):
+        return State._look_into_structure_of_library
+    return State._look_into_object if _tree.is_structure(cls) else None
+
+
 def _join(name: str, key: Any) -> str:
     return f"{name}.{key}" if name else str(key)
 
@@ -620,6 +706,33 @@ _DECLARATIONS = frozenset(("__annotations__", "__dataclass_fields__", "__slots__
 DESCRIPTORS: tuple[type, ...] = (property, classmethod, staticmethod, functools.partialmethod)
 DESCRIPTORS += (functools.cached_property,)
 FUNCTIONS = (types.FunctionType, *DESCRIPTORS)
+
+
+_Found = list[tuple[Any, str]]
+_Look = Callable[[State, Any, str, _Found], None]
+_LOOK_INTO_TENSOR = State._look_into_tensor
+_SIMPLE_TYPES = frozenset(_tree.SIMPLE_TYPES)
+# The first row that fits counts.
+_LOOKS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
+    (torch.Tensor, _LOOK_INTO_TENSOR),
+    (functools.partial, State._look_into_partial),
+    (types.MethodType, State._look_into_method),
+    (types.FunctionType, State._look_into_function),
+    (nn.Module, State._look_into_module),
+    (OBJECTS_OF_TORCH, State._look_into_object_of_torch),
+    (collections.OrderedDict, State._look_into_ordered_dict),
+    ((dict, list, tuple, collections.deque), State._look_into_container),
+    (type, State._look_into_class),
+    (types.ModuleType, State._look_into_python_module),
+    (PLAIN_CONTENTS, State._look_into_content),
+    (frozenset, State._look_into_frozenset),
+    (types.MappingProxyType, State._look_into_proxy),
+    (weakref.ref, State._look_into_reference),
+    (contextvars.ContextVar, State._look_into_variable),
+    (threading.local, State._look_into_local),
+    ((operator.attrgetter, operator.methodcaller), State._look_into_getter),
+    (DESCRIPTORS, State._look_into_descriptor),
+)
 
 
 def _environment() -> dict[Any, Any]:

@@ -98,14 +98,15 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
             return None
         keys, tensors = _keys(value)
         return Shape(cls, len(value), keys, ()), [*value.values(), *tensors]
-    if not _is_structure(cls, value):
+    if not is_structure(cls):
         return None
     items: list[Any] = []
     tensors = []
-    keys = extra = None
+    extra: Any = None
+    names: tuple[Any, ...] | None = None
     if isinstance(value, dict):
         content = items_of(value)
-        keys, tensors = _keys(content)
+        names, tensors = _keys(content)
         items = list(content.values())
         if isinstance(value, collections.defaultdict):
             extra = value.default_factory
@@ -120,7 +121,7 @@ def parts(value: Any) -> tuple[Shape, list[Any]] | None:
     if len(items) > LIMIT:
         return None
     attributes = _attributes(value)
-    shape = Shape(cls, len(items), keys, tuple(attributes), extra)
+    shape = Shape(cls, len(items), names, tuple(attributes), extra)
     return shape, [*items, *attributes.values(), *tensors]
 
 
@@ -185,7 +186,8 @@ def refill(value: Any, items: list[Any]) -> None:
         value.extend(items)
 
 
-def _is_structure(cls: type, value: Any) -> bool:
+def is_structure(cls: type) -> bool:
+    """Whether the items and attributes of an object of this class are all that there is to it."""
     if issubclass(cls, (torch.Tensor, nn.Module, type, enum.Enum, BaseException)):
         return False
     if cls in (set, bytearray, array.array):
@@ -204,7 +206,7 @@ def _is_structure(cls: type, value: Any) -> bool:
         return False
     if root == "numpy" and (not _is_in_python(cls) or hasattr(cls, "__array_finalize__")):
         return False
-    return own_dict(value) is not None or any("__slots__" in vars(c) for c in cls.__mro__)
+    return cls.__dictoffset__ != 0 or any("__slots__" in vars(c) for c in cls.__mro__)
 
 
 def _is_in_python(cls: type) -> bool:

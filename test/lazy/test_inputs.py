@@ -275,7 +275,7 @@ class TakenApartTest(unittest.TestCase):
     )
     test_key_added = makefunctiontest(_adds_key, lambda: (randn(2), {"a": 1}), captures=None)
     test_key_written_to = makefunctiontest(
-        lambda d: [k.mul_(v) for k, v in d.items()][0] + 1, lambda: ({randn(2): 3.0},)
+        lambda d: next(k.mul_(v) for k, v in d.items()) + 1, lambda: ({randn(2): 3.0},)
     )
     test_dict_with_tensor_keys_is_returned = makefunctiontest(
         lambda x, d: (d, d[x] + 1), lambda: (x := randn(2), {x: randn(2)})

@@ -81,6 +81,30 @@ void add_strings(PyObject* value, py::set& strings) {
   }
 }
 
+// The other fields of a _code.Names.
+py::tuple make_names(
+    const py::tuple& chains,
+    const py::frozenset& stored,
+    const py::frozenset& attributes,
+    const py::frozenset& stored_attributes,
+    const py::tuple& imports,
+    const py::frozenset& strings) {
+  static PyObject* type =
+      py::object(py::module_::import("torch_lazy_ext._code").attr("Names")).release().ptr();
+  const py::object all = attributes | stored_attributes | strings;
+  const py::dict globals; // in their order
+  for (const py::handle& chain : chains) {
+    globals[py::handle(PyTuple_GET_ITEM(chain.ptr(), 0))] = py::none();
+  }
+  const py::list sorted(stored);
+  throw_if(PyList_Sort(sorted.ptr()) != 0);
+  for (const py::handle& name : sorted) {
+    globals[name] = py::none();
+  }
+  return py::handle(type)(
+      chains, stored, attributes, stored_attributes, imports, strings, all, py::tuple(globals));
+}
+
 py::tuple read_names(PyObject* code) {
   static const Opcodes op;
   constexpr int global_shift = PY_VERSION_HEX >= 0x030B0000 ? 1 : 0;
@@ -140,13 +164,53 @@ py::tuple read_names(PyObject* code) {
   for (const py::handle& constant : py::tuple(py::handle(code).attr("co_consts"))) {
     add_strings(constant.ptr(), strings);
   }
-  return py::make_tuple(
+  return make_names(
       py::tuple(chains),
       py::frozenset(stored),
       py::frozenset(attributes),
       py::frozenset(stored_attributes),
       py::tuple(imports),
       py::frozenset(strings));
+}
+
+py::tuple read_names_within(PyObject* code) {
+  py::tuple own = names_of(code);
+  py::dict chains, imports; // in their order
+  py::set sets[4];
+  constexpr NameField fields[] = {
+      NameField::Stored, NameField::Attributes, NameField::StoredAttributes, NameField::Strings};
+  bool has_inner = false;
+  auto add = [&](const py::tuple& names) {
+    auto field = [&](NameField f) { return py::object(names[static_cast<size_t>(f)]); };
+    for (const py::handle& chain : field(NameField::Chains)) {
+      chains[chain] = py::none();
+    }
+    for (const py::handle& name : field(NameField::Imports)) {
+      imports[name] = py::none();
+    }
+    for (size_t i = 0; i < 4; ++i) {
+      for (const py::handle& name : field(fields[i])) {
+        sets[i].add(name);
+      }
+    }
+  };
+  add(own);
+  for (const py::handle& constant : py::tuple(py::handle(code).attr("co_consts"))) {
+    if (PyCode_Check(constant.ptr())) {
+      has_inner = true;
+      add(names_within(constant.ptr()));
+    }
+  }
+  if (!has_inner) {
+    return own;
+  }
+  return make_names(
+      py::tuple(chains),
+      py::frozenset(sets[0]),
+      py::frozenset(sets[1]),
+      py::frozenset(sets[2]),
+      py::tuple(imports),
+      py::frozenset(sets[3]));
 }
 
 void release(void* names) {
@@ -266,16 +330,37 @@ bool unwatch() {
 
 } // namespace
 
-py::tuple names_of(PyObject* code) {
+namespace {
+
+// What `read` gives, read once and kept with the code object.
+template <py::tuple (*read)(PyObject*)>
+py::tuple kept(PyObject* code) {
   static const Py_ssize_t index = TLE_CODE_EXTRA(Eval_RequestCodeExtraIndex)(&release);
   void* known = nullptr;
   throw_if(TLE_CODE_EXTRA(Code_GetExtra)(code, index, &known) != 0);
   if (known == nullptr) {
-    py::tuple made = read_names(code);
+    py::tuple made = read(code);
     known = made.inc_ref().ptr();
     throw_if(TLE_CODE_EXTRA(Code_SetExtra)(code, index, known) != 0);
   }
   return py::reinterpret_borrow<py::tuple>(static_cast<PyObject*>(known));
+}
+
+py::tuple checked(const py::object& code, py::tuple (*names)(PyObject*)) {
+  if (!PyCode_Check(code.ptr())) {
+    throw py::type_error("expected a code object");
+  }
+  return names(code.ptr());
+}
+
+} // namespace
+
+py::tuple names_of(PyObject* code) {
+  return kept<&read_names>(code);
+}
+
+py::tuple names_within(PyObject* code) {
+  return kept<&read_names_within>(code);
 }
 
 // ------------------------------------------------------------------------- Ran
@@ -371,13 +456,12 @@ void Ran::note(PyObject* code, PyObject* function, PyObject* globals, PyObject* 
 void bind_ran(py::module_& m) {
   m.def(
       "names_of",
-      [](const py::object& code) {
-        if (!PyCode_Check(code.ptr())) {
-          throw py::type_error("names_of takes a code object");
-        }
-        return names_of(code.ptr());
-      },
-      "What a code object names: see _code.Names.");
+      [](const py::object& code) { return checked(code, &names_of); },
+      "What a code object names, a _code.Names.");
+  m.def(
+      "names_within",
+      [](const py::object& code) { return checked(code, &names_within); },
+      "What a code object and those inside of it name, a _code.Names.");
   py::class_<Ran, std::shared_ptr<Ran>>(m, "Ran")
       .def(py::init<py::anyset, py::anyset, py::object>())
       .def("start", &Ran::start)

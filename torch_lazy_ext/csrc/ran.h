@@ -12,10 +12,11 @@ namespace tle {
 
 namespace py = pybind11;
 
-// What a code object reads and writes by name, as a tuple of Python objects that the code object
-// keeps: see the fields of _code.Names.
+// What a code object reads and writes by name: a _code.Names that the code object keeps.
 enum class NameField : uint8_t { Chains, Stored, Attributes, StoredAttributes, Imports, Strings };
 py::tuple names_of(PyObject* code);
+// The same with the code objects inside of it.
+py::tuple names_within(PyObject* code);
 
 // Notes each code object that starts in this thread between `start` and `stop`. Where the layout of
 // frames is known, by the function that evaluates frames (PEP 523), which costs tens of nanoseconds
