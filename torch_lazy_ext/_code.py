@@ -157,7 +157,8 @@ class Ran:
         """Attributes of a library's class that are numbers, which the library sets as it runs."""
         if not is_library(cls):
             return frozenset()
-        return frozenset(k for k in self._set if isinstance(vars(cls).get(k), int))
+        held = vars(cls)
+        return frozenset(k for k in held.keys() & self._set if isinstance(held[k], int))
 
 
 def _made_inside(entry: Entry) -> bool:

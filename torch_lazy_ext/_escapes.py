@@ -145,8 +145,9 @@ class _Walk:
                 # Python may make it only now that it is asked for it.
                 self._attributes.add(id(value.__dict__))
             for held in gc.get_referents(value):
-                self._counts[id(held)] = self._counts.get(id(held), 0) + 1
-                stack.append(held)
+                if type(held) not in _CLOSED:
+                    self._counts[id(held)] = self._counts.get(id(held), 0) + 1
+                    stack.append(held)
 
     def note(self, values: list[Any]) -> None:
         """Each of `values` is held once more, by what Python cannot look into."""
@@ -194,6 +195,10 @@ class _Walk:
                 if count > shared:
                     found.append(values[i])
         return found
+
+
+# They hold nothing of a program's, and who holds them does not matter.
+_CLOSED = frozenset(_tree.SIMPLE_TYPES) | {types.CodeType, types.ModuleType}
 
 
 def _is_tensor(value: Any) -> bool:

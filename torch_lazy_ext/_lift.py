@@ -197,6 +197,8 @@ class State:
         names: the attributes and globals that functions of the program name.
         functions: the program's functions, and partials of them.
         namespaces: ids of the containers that are the attributes of an object.
+        attributes: of what the code that ran may have read, the content of each of these, and the
+            path to it.
         registries: ids of those that are the parameters or buffers of a module.
         objects: what has a class of its own: modules, instances.
         types: the classes of these, and those that the program holds, each with whether its
@@ -223,6 +225,7 @@ class State:
         self._seen: dict[int, Any] = {}
         self._looks: dict[type, _Look | None] = {dict: State._look_into_dict}
         self.namespaces: set[int] = set()
+        self.attributes: list[tuple[dict[str, Any], str]] = []
         self.registries: set[int] = set()
         self.objects: list[Any] = []
         self.types: dict[type, bool] = {}
@@ -236,6 +239,8 @@ class State:
         # it held, and whether its functions may be called. By name those that have it.
         self._spaces: dict[int, tuple[Any, dict[str, Any], bool]] = {}
         self._with_name: dict[str, list[tuple[Any, bool]]] = {}
+        self._globals: dict[int, set[str]] = {}  # by id of the dictionary, which were looked into
+        self._of_library: dict[type, bool] = {}
         self.bare: list[types.FunctionType] = []
         self.weak: set[int] = set()
         self._make: Callable[[torch.Tensor], Any] | None = None
@@ -381,7 +386,7 @@ class State:
         self.modules.append(value)
         self.objects.append(value)
         self.registries.update((id(value._parameters), id(value._buffers)))
-        self._attributes(value, name, found)
+        self._attributes(value.__dict__, name, found)
         self._class(type(value), name, found)
 
     def _look_into_object_of_torch(self, value: Any, name: str, found: _Found) -> None:
@@ -389,7 +394,7 @@ class State:
         if isinstance(value, torch.optim.Optimizer) and not hasattr(value, "_opt_called"):
             # A scheduler makes the first step leave this note, which no step reads.
             self.unsized.add(id(value.__dict__))
-        self._attributes(value, name, found)
+        self._attributes(value.__dict__, name, found)
 
     def _look_into_container(self, value: Any, name: str, found: _Found) -> None:
         if _tree.length(value) <= _tree.LIMIT:
@@ -397,7 +402,7 @@ class State:
         own = _tree.own_dict(value)
         if own or (own is not None and not _code.is_library(type(value))):
             self.objects.append(value)
-            self._attributes(value, name, found)
+            self._attributes(value.__dict__, name, found)
             self._class(type(value), name, found)
 
     def _look_into_class(self, value: type, name: str, found: _Found) -> None:
@@ -448,13 +453,13 @@ class State:
 
     def _look_into_structure_of_library(self, value: Any, name: str, found: _Found) -> None:
         self.objects.append(value)
-        self._attributes(value, name, found)
+        self._attributes(value.__dict__, name, found)
 
     def _look_into_object(self, value: Any, name: str, found: _Found) -> None:
         self.objects.append(value)
         own = _tree.own_dict(value)
         if own is not None:
-            self._attributes(value, name, found)
+            self._attributes(value.__dict__, name, found)
         for key in _tree._attributes(value):
             if own is None or key not in own:
                 self._slot(Slot(value, key, _join(name, key)), found, single=True)
@@ -463,10 +468,31 @@ class State:
     def _look_into_tensor(self, value: torch.Tensor, name: str, found: _Found) -> None:
         """Only a tensor that is in a slot counts, and what it has of its own: see `_found`."""
 
-    def _attributes(self, owner: Any, name: str, found: _Found) -> None:
+    def _attributes(self, content: dict[str, Any], name: str, found: _Found) -> None:
         """What an object holds in its dictionary."""
-        self.namespaces.add(id(owner.__dict__))
-        self._items(owner.__dict__, name, found)
+        self.namespaces.add(id(content))
+        if not content or id(content) in self.unsized:
+            self._items(content, name, found)
+            return
+        items = _tree.items_of(content)
+        if self._ran is not None:
+            items = {k: v for k, v in items.items() if self._ran.may_read(k)}
+            self.attributes.append((items, name))
+        self.containers.append((content, items))
+        prefix = f"{name}." if name else ""
+        seen = self._seen
+        for key, value in items.items():
+            cls = type(value)
+            if cls in _SIMPLE_TYPES:
+                continue
+            # Most of what a module has: dictionaries for hooks that it does not have.
+            empty = cls in _CONTAINERS and not value
+            if empty and (cls is not collections.OrderedDict or not value.__dict__):
+                if id(value) not in seen:
+                    seen[id(value)] = value
+                    self.containers.append((value, [] if cls in _LISTS else {}))
+                continue
+            self._found(Slot(content, key, f"{prefix}{key}"), value, found)
 
     def _space(self, owner: Any, called: bool, name: str, found: _Found) -> None:
         """What functions of the program name of a module or a class.
@@ -503,9 +529,18 @@ class State:
             return
         self.types[cls] = called
         for base in cls.__mro__:
+            if self._is_library(base):
+                continue
             known = self._spaces.get(id(base))
-            if (known is None or known[2] < called) and not _code.is_library(base):
+            if known is None or known[2] < called:
                 self._space(base, called, name, found)
+
+    def _is_library(self, cls: type) -> bool:
+        try:
+            return self._of_library[cls]
+        except KeyError:
+            answer = self._of_library[cls] = _code.is_library(cls)
+            return answer
 
     def _look_into_function(self, fn: types.FunctionType, name: str, found: _Found) -> None:
         library = _code.is_library(fn)
@@ -528,8 +563,7 @@ class State:
         if fn.__kwdefaults__:
             self._items(fn.__kwdefaults__, name, found)
         if vars(fn):
-            self.namespaces.add(id(vars(fn)))
-            self._items(vars(fn), fn.__name__, found)
+            self._attributes(vars(fn), fn.__name__, found)
         else:
             self.bare.append(fn)
         self._global_names(fn.__code__, fn.__globals__, name, found)
@@ -537,15 +571,18 @@ class State:
     def _global_names(
         self, code: types.CodeType, space: dict[str, Any], name: str, found: _Found
     ) -> None:
+        names = _code.names_within(code)
         stack = [code]
         while stack:
             inner = stack.pop()
             self.entered.add(id(inner))
             self._codes.append(inner)
-            stack += [c for c in inner.co_consts if isinstance(c, types.CodeType)]
-        names = _code.names_within(code)
+            if names is not _code.names_of(inner):  # else there are none inside of it
+                stack += [c for c in inner.co_consts if isinstance(c, types.CodeType)]
+        known = self._globals.setdefault(id(space), set())
         for key in names.globals:
-            if key in space or key in names.stored:
+            if key not in known and (key in space or key in names.stored):
+                known.add(key)
                 self._slot(Slot(space, key, key), found, single=True)
         new = names.all - self.names
         self.names |= new
@@ -587,8 +624,6 @@ class State:
                 self.containers.append((owner, {}))
                 return
             items = _tree.items_of(owner)
-            if self._ran is not None and id(owner) in self.namespaces:
-                items = {k: v for k, v in items.items() if self._ran.may_read(k)}
             self.containers.append((owner, items))
             all_count = self._ran is not None or id(owner) in self._groups
             for i, (key, value) in enumerate(items.items()):
@@ -624,7 +659,7 @@ class State:
             self.tensors.setdefault(id(value), (value, []))[1].append(slot)
             if value.__dict__ and id(value) not in self._seen:
                 self._seen[id(value)] = value
-                self._attributes(value, slot.name, found)
+                self._attributes(value.__dict__, slot.name, found)
             return
         if cls is tuple and id(slot.owner) in self._groups and self._number(slot, value):
             return
@@ -712,6 +747,8 @@ _Found = list[tuple[Any, str]]
 _Look = Callable[[State, Any, str, _Found], None]
 _LOOK_INTO_TENSOR = State._look_into_tensor
 _SIMPLE_TYPES = frozenset(_tree.SIMPLE_TYPES)
+_LISTS = frozenset({list, set})
+_CONTAINERS = _LISTS | {dict, collections.OrderedDict}
 # The first row that fits counts.
 _LOOKS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (torch.Tensor, _LOOK_INTO_TENSOR),

@@ -61,7 +61,7 @@ def guard(
 
 
 def _guard_state(variant: _C.Variant, state: _lift.State, ran: _code.Ran) -> None:
-    by_name: set[int] = set() if ran.dynamic else state.namespaces - state.unsized
+    by_name = state.namespaces - state.unsized
     for slot, value in state.values:
         # Classes, and the attributes of objects, are guarded by names.
         if not isinstance(slot.owner, type) and id(slot.owner) not in by_name:
@@ -69,8 +69,11 @@ def _guard_state(variant: _C.Variant, state: _lift.State, ran: _code.Ran) -> Non
     for container, before in state.containers:
         if id(container) in by_name:
             tensors = {k for k, v in before.items() if isinstance(v, torch.Tensor)}
-            variant._add_names(container, ran.names, tensors)
-        elif id(container) not in state.unsized:
+            names = frozenset(before) if ran.dynamic else ran.names
+            variant._add_names(container, names, tensors)
+            if not ran.dynamic:
+                continue
+        if id(container) not in state.unsized:
             size = _tree.length(container)
             variant._add_size(container, size)
             if isinstance(container, dict) and size > 1:

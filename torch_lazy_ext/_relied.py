@@ -26,6 +26,7 @@ class Relied:
     def __init__(self, state: _lift.State, ran: _code.Ran) -> None:
         self.tensors: list[tuple[_lift.Slot, str]] = []
         self.settings: list[tuple[str, str]] = []
+        self._attributes = state.attributes
         self._values = state.values
         self._spaces = state.namespaces
         self._sets = [c for c, _items in state.containers if isinstance(c, _lift.PLAIN_CONTENTS)]
@@ -48,6 +49,10 @@ class Relied:
             text = f"{name} = {_short(value)} ({kind}{place and f', read at {place}'})"
             (values if simple and place else objects)[text] = None
 
+        for content, path in self._attributes:
+            for key, value in content.items():
+                if not isinstance(value, torch.Tensor):
+                    add(f"{path}.{key}" if path else key, value, "attribute")
         for slot, value in self._values:
             add(slot.name, value, self._kind(slot))
         for cls in self._classes:
