@@ -195,6 +195,7 @@ class Ran:
         arg0: set[typing.Any] | frozenset[typing.Any],
         arg1: set[typing.Any] | frozenset[typing.Any],
         arg2: typing.Any,
+        arg3: typing.Any,
     ) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> bool: ...
@@ -202,7 +203,7 @@ class Ran:
     def entries(self) -> list[typing.Any]:
         """
         For each code object that ran: code, globals, type of the first argument,
-        function, and whether it is a library's.
+        function, whether it is a library's, and the first argument where it is told apart.
         """
 
 class Surroundings:
@@ -243,9 +244,10 @@ class Variant:
     def _add_hooks(self, arg0: int, arg1: list[typing.Any]) -> None: ...
     def _add_names(
         self,
-        arg0: typing.Any,
-        arg1: set[typing.Any] | frozenset[typing.Any],
-        arg2: set[typing.Any] | frozenset[typing.Any],
+        owner: typing.Any,
+        names: set[typing.Any] | frozenset[typing.Any],
+        places: set[typing.Any] | frozenset[typing.Any],
+        all_keys: bool = False,
     ) -> None: ...
     def _add_order(self, arg0: typing.Any, arg1: list[typing.Any]) -> None: ...
     def _add_same_object(self, arg0: typing.Any, arg1: int) -> None: ...

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 from torch_lazy_ext import _C
@@ -102,6 +103,7 @@ class Entry(NamedTuple):
     first: type | None
     function: types.FunctionType | None
     library: bool
+    prop: torch.backends.ContextProp | None  # the first argument, where it is one
 
 
 class Ran:
@@ -113,6 +115,7 @@ class Ran:
         names: all that the code names, but for globals.
         dynamic: whether attributes may have been read that no code names.
         goes_through: whether all parameters, buffers or children of a module were read.
+        props: the settings that were read or written as attributes of `torch.backends`.
     """
 
     def __init__(self, noted: _C.Ran) -> None:
@@ -136,18 +139,14 @@ class Ran:
             if e.library:
                 stored.setdefault(id(e.globals), set()).update(names_of(e.code).stored)
         self._stored = {key: frozenset(names) for key, names in stored.items()}
+        self.props = [e.prop for e in self.entries if e.prop is not None]
         self._set = frozenset().union(
             *(names_of(e.code).stored_attributes for e in codes if e.library)
         )
 
-    def may_read(self, key: Any) -> bool:
-        """Whether the code may have read this attribute of an object."""
-        return (
-            key in self.names
-            or (self.dynamic and key not in MODULE_ATTRIBUTES)
-            or not isinstance(key, str)
-            or key.startswith("__")
-        )
+    def readable(self) -> Readable:
+        """By attribute, whether the code may have read it of an object."""
+        return Readable(self.names, self.dynamic)
 
     def kept_by(self, entry: Entry) -> frozenset[str]:
         """The globals of a library that it writes itself while it runs."""
@@ -161,13 +160,30 @@ class Ran:
         return frozenset(k for k in held.keys() & self._set if isinstance(held[k], int))
 
 
+class Readable(dict[Any, bool]):
+    """Which attributes may have been read: found out once for each, as modules have the same."""
+
+    def __init__(self, names: frozenset[str], dynamic: bool) -> None:
+        self._names = names
+        self._dynamic = dynamic
+
+    def __missing__(self, key: Any) -> bool:
+        answer = self[key] = (
+            key in self._names
+            or (self._dynamic and key not in MODULE_ATTRIBUTES)
+            or not isinstance(key, str)
+            or key.startswith("__")
+        )
+        return answer
+
+
 def _made_inside(entry: Entry) -> bool:
     return entry.function is None and not entry.library
 
 
 def note(entered: Callable[..., None] | None) -> _C.Ran:
     """Something to `start` and `stop`; then `Ran` says what has run."""
-    return _C.Ran(LIBRARIES, OWN, entered)
+    return _C.Ran(LIBRARIES, OWN, entered, torch.backends.ContextProp)
 
 
 def line_of(codes: Iterable[types.CodeType], name: str) -> str:

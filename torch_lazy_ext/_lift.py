@@ -236,9 +236,9 @@ class State:
         self._codes: list[types.CodeType] = []  # which these ids are of
         self._environment = dict(_environment())
         # Modules and classes of the program, whose content counts by name: by id the owner, what
-        # it held, and whether its functions may be called. By name those that have it.
+        # it held, and whether its functions may be called. And the names that any of them has.
         self._spaces: dict[int, tuple[Any, dict[str, Any], bool]] = {}
-        self._with_name: dict[str, list[tuple[Any, bool]]] = {}
+        self._of_spaces: set[str] = set()
         self._globals: dict[int, set[str]] = {}  # by id of the dictionary, which were looked into
         self._of_library: dict[type, bool] = {}
         self.bare: list[types.FunctionType] = []
@@ -246,7 +246,9 @@ class State:
         self._make: Callable[[torch.Tensor], Any] | None = None
         # Attributes that functions of the program name, and what PyTorch itself calls.
         self.names = {"forward", "__call__", "__torch_function__"}
+        self._readable = _code.Readable(frozenset(), False)
         if ran is not None:
+            self._readable = ran.readable()
             self.names |= ran.names
             roots += tuple(e.function for e in ran.entries if e.function and not e.library)
         self._single: list[tuple[Slot, Any]] = []  # cells, globals, attributes in slots
@@ -476,7 +478,8 @@ class State:
             return
         items = _tree.items_of(content)
         if self._ran is not None:
-            items = {k: v for k, v in items.items() if self._ran.may_read(k)}
+            readable = self._readable
+            items = {k: v for k, v in items.items() if readable[k]}
             self.attributes.append((items, name))
         self.containers.append((content, items))
         prefix = f"{name}." if name else ""
@@ -507,8 +510,7 @@ class State:
         content = dict(vars(owner)) if known is None else known[1]
         self._spaces[id(owner)] = (owner, content, called)
         if self._ran is None:
-            for key in content:
-                self._with_name.setdefault(key, []).append((owner, called))
+            self._of_spaces.update(content)
         for key in content.keys() & self.names:
             self._member(owner, key, called, name, found)
 
@@ -586,9 +588,11 @@ class State:
                 self._slot(Slot(space, key, key), found, single=True)
         new = names.all - self.names
         self.names |= new
-        for key in new & self._with_name.keys():
-            for owner, called in self._with_name[key]:
-                self._member(owner, key, called, name, found)
+        wanted = new & self._of_spaces
+        if wanted:
+            for owner, content, called in list(self._spaces.values()):
+                for key in content.keys() & wanted:
+                    self._member(owner, key, called, name, found)
         for imported in names.imports:
             module = sys.modules.get(imported)
             if module is not None:

@@ -70,10 +70,8 @@ def _guard_state(variant: _C.Variant, state: _lift.State, ran: _code.Ran) -> Non
         if id(container) in by_name:
             tensors = {k for k, v in before.items() if isinstance(v, torch.Tensor)}
             names = frozenset(before) if ran.dynamic else ran.names
-            variant._add_names(container, names, tensors)
-            if not ran.dynamic:
-                continue
-        if id(container) not in state.unsized:
+            variant._add_names(container, names, tensors, ran.dynamic)
+        elif id(container) not in state.unsized:
             size = _tree.length(container)
             variant._add_size(container, size)
             if isinstance(container, dict) and size > 1:
@@ -164,12 +162,9 @@ def _guard_code(variant: _C.Variant, state: _lift.State, ran: _code.Ran, relied:
         elif value.__name__ == "scaled_dot_product_attention":
             for name in ATTENTION:
                 _add_getter(variant, getattr(torch._C, name))
-    if any(entry.first is torch.backends.ContextProp for entry in ran.entries):
-        # `torch.backends.mkldnn.enabled` and its like: which one, no name tells.
-        for name in sorted(SETTINGS & vars(torch._C).keys()):
-            getter = getattr(torch._C, name)
-            _add_getter(variant, getter)
-            relied.settings.append((f"{name}()", repr(getter())))
+    for prop in ran.props:
+        _add_getter(variant, prop.getter)
+        relied.settings.append((_name_of(prop), repr(prop.getter())))
     types |= state.types.keys()
     types |= {type(value) for value in state.objects}
     done: set[type] = set()
@@ -188,3 +183,12 @@ def _guard_code(variant: _C.Variant, state: _lift.State, ran: _code.Ran, relied:
         for key, setting in content.items():
             variant._add_value(_lift.Slot(content, key, "os.environ"), setting)
         relied.settings.append(("os.environ", f"{len(content)} variables"))
+
+
+def _name_of(prop: torch.backends.ContextProp) -> str:
+    """`torch.backends.mkldnn.enabled` for the property of that name."""
+    for name, module in vars(torch.backends).items():
+        for attribute, held in vars(type(module)).items():
+            if held is prop:
+                return f"torch.backends.{name}.{attribute}"
+    return "a setting of torch.backends"

@@ -791,10 +791,15 @@ void bind_call(py::module_& m) {
           [](Variant& v,
              const py::object& owner,
              const py::anyset& names,
-             const py::anyset& places) {
+             const py::anyset& places,
+             bool all_keys) {
             Keep k = v.keep();
-            v.namespaces().names(owner, names, places, k);
-          })
+            v.namespaces().names(owner, names, places, all_keys, k);
+          },
+          py::arg("owner"),
+          py::arg("names"),
+          py::arg("places"),
+          py::arg("all_keys") = false)
       .def(
           "_add_entry",
           [](Variant& v, const py::object& owner, const py::object& key) {

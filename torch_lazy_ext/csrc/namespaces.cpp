@@ -145,6 +145,7 @@ void NamespaceGuard::names(
     const py::object& owner,
     const py::anyset& names,
     const py::anyset& places,
+    bool all_keys,
     Keep& keep) {
   if (dict_of(owner.ptr()) == nullptr) {
     return;
@@ -157,11 +158,17 @@ void NamespaceGuard::names(
   Py_ssize_t position = 0;
   PyObject *key = nullptr, *value = nullptr;
   std::vector<PyObject*> found;
+  space.keys.clear();
   while (PyDict_Next(space.dict, &position, &key, &value) != 0) {
     if (is_named(key, space.names) && !is_in(key, space.places) && original(value) != nullptr) {
       found.push_back(key);
     }
+    if (all_keys) {
+      space.keys.push_back(key);
+      keep.append(py::handle(key));
+    }
   }
+  space.has_keys = all_keys;
   space.named = static_cast<Py_ssize_t>(found.size());
   for (PyObject* k : found) {
     add(space, k, keep);
@@ -297,11 +304,28 @@ void NamespaceGuard::getter(const py::object& getter, const py::object& value, K
   getters_.emplace_back(getter.ptr(), value.ptr());
 }
 
+bool NamespaceGuard::has_keys(const Space& space) {
+  if (PyDict_GET_SIZE(space.dict) != static_cast<Py_ssize_t>(space.keys.size())) {
+    return false;
+  }
+  Py_ssize_t position = 0;
+  PyObject *key = nullptr, *value = nullptr;
+  for (size_t i = 0; PyDict_Next(space.dict, &position, &key, &value) != 0; ++i) {
+    if (key != space.keys[i] && !(is_simple(space.keys[i]) && same(key, space.keys[i]))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 bool NamespaceGuard::holds(const Space& space) {
   for (const Entry& e : space.entries) {
     if (!agrees(item(space.dict, e.key), e.expected)) {
       return false;
     }
+  }
+  if (space.has_keys) {
+    return has_keys(space); // and so no other ones that are named
   }
   return space.names == nullptr ||
       count_named(space.dict, space.names, space.places) == space.named;

@@ -15,9 +15,14 @@ class NamespaceGuard {
   // The dictionary, or that of the type, holds under `key` what it holds now.
   void entry(PyObject* owner, PyObject* key, Keep& keep);
   // Each of `names`, and each special name (`__add__`), is there as it is now, or is not there.
-  // Values in `places` (a set of keys) may differ.
-  void
-  names(const py::object& owner, const py::anyset& names, const py::anyset& places, Keep& keep);
+  // Values in `places` (a set of keys) may differ. `all_keys`: it has the keys that it has now, in
+  // their order.
+  void names(
+      const py::object& owner,
+      const py::anyset& names,
+      const py::anyset& places,
+      bool all_keys,
+      Keep& keep);
   // The globals, builtins and attributes of modules that a code object names are as they are now.
   // `found` gets the values that are classes, ContextVars or C functions.
   void code(
@@ -49,6 +54,8 @@ class NamespaceGuard {
     PyObject* places = nullptr;
     Py_ssize_t named = 0; // how many of the names are there
     std::vector<Entry> entries;
+    bool has_keys = false;
+    std::vector<PyObject*> keys; // all of them, where that is guarded
   };
   struct Function {
     PyObject *function, *code, *defaults, *keyword_defaults;
@@ -56,6 +63,7 @@ class NamespaceGuard {
   Space& space(PyObject* owner, Keep& keep);
   bool holds(const Space& space);
   bool holds(PyObject* set, const std::vector<PyObject*>& items);
+  static bool has_keys(const Space& space);
   static Py_ssize_t count_named(PyObject* dict, PyObject* names, PyObject* places);
   void add(Space& space, PyObject* key, Keep& keep);
 

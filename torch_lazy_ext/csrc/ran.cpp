@@ -413,7 +413,11 @@ void Ran::called(PyObject* code, PyObject* function, PyObject* globals, PyObject
   if (function != nullptr && (!PyFunction_Check(function) || inner_.count(code) != 0)) {
     function = nullptr;
   }
-  if (!seen_.insert({code, function, first == nullptr ? nullptr : Py_TYPE(first)}).second) {
+  void* which = first;
+  if (first != nullptr && !is_told_apart(first)) {
+    which = Py_TYPE(first);
+  }
+  if (!seen_.insert({code, function, which}).second) {
     return;
   }
   busy_ = true;
@@ -429,7 +433,7 @@ void Ran::called(PyObject* code, PyObject* function, PyObject* globals, PyObject
 void Ran::note(PyObject* code, PyObject* function, PyObject* globals, PyObject* first) {
   auto held = [](PyObject* object) { return py::reinterpret_borrow<py::object>(object); };
   const Origin origin = this->origin(globals);
-  Entry entry{held(code), held(globals), py::object(), py::object(), origin != Origin::User};
+  Entry entry{held(code), held(globals), {}, {}, {}, origin != Origin::User};
   if (origin == Origin::Own) {
     entry.globals = py::object();
     entries.push_back(std::move(entry));
@@ -442,6 +446,9 @@ void Ran::note(PyObject* code, PyObject* function, PyObject* globals, PyObject* 
   }
   if (first != nullptr) {
     entry.first = held(reinterpret_cast<PyObject*>(Py_TYPE(first)));
+    if (is_told_apart(first)) {
+      entry.instance = held(first);
+    }
   }
   if (function != nullptr) {
     entry.function = py::reinterpret_steal<py::object>(PyWeakref_NewRef(function, nullptr));
@@ -463,7 +470,7 @@ void bind_ran(py::module_& m) {
       [](const py::object& code) { return checked(code, &names_within); },
       "What a code object and those inside of it name, a _code.Names.");
   py::class_<Ran, std::shared_ptr<Ran>>(m, "Ran")
-      .def(py::init<py::anyset, py::anyset, py::object>())
+      .def(py::init<py::anyset, py::anyset, py::object, py::object>())
       .def("start", &Ran::start)
       .def("stop", &Ran::stop)
       .def_property_readonly(
@@ -479,14 +486,20 @@ void bind_ran(py::module_& m) {
                 PyObject* alive = PyWeakref_GET_OBJECT(e.function.ptr());
                 function = py::reinterpret_borrow<py::object>(alive);
               }
+              auto or_none = [](const py::object& o) { return o ? o : py::none(); };
               out.append(
                   py::make_tuple(
-                      e.code, e.globals, e.first ? e.first : py::none(), function, e.library));
+                      e.code,
+                      e.globals,
+                      or_none(e.first),
+                      function,
+                      e.library,
+                      or_none(e.instance)));
             }
             return out;
           },
           "For each code object that ran: code, globals, type of the first argument,\nfunction, "
-          "and whether it is a library's.");
+          "whether it is a library's, and the first argument where it is told apart.");
 }
 
 } // namespace tle

@@ -27,14 +27,18 @@ class Ran {
     py::object code;
     py::object globals;
     py::object first; // the type of the first argument, or null
+    py::object instance; // the first argument itself, where it is `told_apart`; or null
     py::object function; // a weak reference, or null: unknown, or made by code that ran
     bool library;
   };
   // Names of modules and packages: `libraries`, and `own`, which are of nobody's interest.
   // `entered(code, function, globals)` is called before other code than a library's runs for the
-  // first time.
-  Ran(py::anyset libraries, py::anyset own, py::object entered)
-      : libraries_(std::move(libraries)), own_(std::move(own)), entered_(std::move(entered)) {}
+  // first time. `told_apart`: the class of which first arguments are noted themselves.
+  Ran(py::anyset libraries, py::anyset own, py::object entered, py::object told_apart)
+      : libraries_(std::move(libraries)),
+        own_(std::move(own)),
+        entered_(std::move(entered)),
+        told_apart_(std::move(told_apart)) {}
   Ran(const Ran&) = delete;
   Ran& operator=(const Ran&) = delete;
 
@@ -48,23 +52,27 @@ class Ran {
 
  private:
   struct Key {
-    void *code, *function, *type;
+    void *code, *function, *first; // the type of the first argument, or itself
     bool operator==(const Key& o) const {
-      return code == o.code && function == o.function && type == o.type;
+      return code == o.code && function == o.function && first == o.first;
     }
   };
   struct Hash {
     size_t operator()(const Key& k) const {
       auto mix = [](void* p) { return reinterpret_cast<size_t>(p) >> 4; };
-      return (mix(k.code) * 31 + mix(k.function)) * 31 + mix(k.type);
+      return (mix(k.code) * 31 + mix(k.function)) * 31 + mix(k.first);
     }
   };
   enum class Origin : uint8_t { Own, Library, User };
   void note(PyObject* code, PyObject* function, PyObject* globals, PyObject* first);
   Origin origin(PyObject* globals);
+  bool is_told_apart(PyObject* first) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(first)) == told_apart_.ptr();
+  }
 
   py::anyset libraries_, own_;
   py::object entered_;
+  py::object told_apart_;
   ska::flat_hash_set<Key, Hash> seen_;
   ska::flat_hash_set<void*> inner_; // code objects that are constants of code that ran
   ska::flat_hash_map<void*, Origin> origins_; // of globals
