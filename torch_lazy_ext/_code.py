@@ -144,6 +144,11 @@ class Ran:
             *(names_of(e.code).stored_attributes for e in codes if e.library)
         )
 
+    def held(self) -> list[Any]:
+        """The classes and functions that it holds, which a program may have made."""
+        held = [e.first for e in self.entries] + [e.function for e in self.entries]
+        return [value for value in held if value is not None]
+
     def readable(self) -> Readable:
         """By attribute, whether the code may have read it of an object."""
         return Readable(self.names, self.dynamic)

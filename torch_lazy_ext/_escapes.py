@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from torch_lazy_ext import _C, _made, _tree
+from torch_lazy_ext._code import Ran
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 
@@ -167,7 +168,8 @@ class _Walk:
         if type(value) in (list, tuple, dict):
             return True
         if _is_own(value):
-            return not isinstance(value, Moving)  # which holds what was there before
+            # The one holds what was there before, the other says itself what it holds.
+            return not isinstance(value, (Moving, Ran))
         return _tree.parts(value) is not None or _made.parts(value) is not None
 
     def looked_into(self, value: Any) -> bool:
@@ -221,6 +223,7 @@ class Recording(Protocol):
 
     recorder: _C.Recorder
     made: Made
+    ran: Ran
 
     @property
     def arrays(self) -> Any: ...
@@ -238,6 +241,7 @@ def settle(recording: Recording, since: Since) -> None:
     recorder = recording.recorder
     walk = _Walk(recording.made)
     walk.add([recording])
+    walk.note(recording.ran.held())
     users = {id(twin): user for user, twin, _constant, _base in recorder.lifted()}
     tensors = [t for t in recorder.alive() if id(t) not in users]
     tensors += [twin for _user, twin, _constant, _base in recorder.lifted()]

@@ -1030,11 +1030,9 @@ class Recording:
         modes: (how to set it, to what), for the modes that the program left changed.
         made: the Python objects that were made since the program began.
         ran: the code that ran.
-        noted: this as the extension has it, until the escapes are settled.
     """
 
     ran: _code.Ran
-    noted: _C.Ran
 
     def __init__(self, capture: Capture, state: _lift.State) -> None:
         self.recorder = capture.recorder
@@ -1125,9 +1123,6 @@ def record(
         try:
             recording.made = since.made()
             _escapes.settle(recording, since)
-            # What it holds is none of what the program holds.
-            recording.ran = _code.Ran(recording.noted)
-            del recording.noted
         except UnsupportedError:
             recorder.release()
             raise
@@ -1241,8 +1236,8 @@ def _record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
-    recording.noted = noted
-    del context, variables
+    recording.ran = _code.Ran(noted)
+    del noted, context, variables
     if drawn:
         recorder.release()
         raise _moving.drawn_from(drawn[0])

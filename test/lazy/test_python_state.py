@@ -728,7 +728,7 @@ def setting_of_a_backend():
         flags.__enter__()
         return lambda: flags.__exit__(None, None, None)
 
-    return f, change, "_get_mkldnn_enabled() = "
+    return f, change, "torch.backends.mkldnn.enabled = "
 
 
 @row
