@@ -63,5 +63,26 @@ class SanitizeTest(unittest.TestCase):
                 self.assertEqual(sanitize.run(name), 0)
 
 
+@unittest.skipUnless(SLOW, "builds the extension: set PYTORCH_TEST_WITH_SLOW=1")
+class AssertionsTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        sanitize.build(assertions=True)
+
+    def test_assertions_are_on(self) -> None:
+        (extension,) = sanitize.ASSERTED.glob("lib.*/torch_lazy_ext/_C*.so")
+        self.assertIn(b"PyGILState_Check()", extension.read_bytes())
+
+    def test_test_files_pass(self) -> None:
+        """Among them what computes with numbers in threads that do not hold the GIL."""
+        for name in (
+            "lazy/test_extract_compiled_graph",
+            "lazy/test_call_path",
+            "lazy/test_interrupts",
+        ):
+            with self.subTest(name):
+                self.assertEqual(sanitize.run(name, assertions=True), 0)
+
+
 if __name__ == "__main__":
     unittest.main()

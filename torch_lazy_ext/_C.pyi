@@ -15,6 +15,8 @@ __all__: list[str] = [
     "Cut",
     "Described",
     "FrozenProgram",
+    "Hold",
+    "Interrupted",
     "NativeProgram",
     "NotFinite",
     "OutputPlan",
@@ -22,6 +24,7 @@ __all__: list[str] = [
     "Program",
     "PythonProgram",
     "Ran",
+    "RandomStates",
     "Recorder",
     "Runnable",
     "ScriptProgram",
@@ -41,14 +44,18 @@ __all__: list[str] = [
     "hook_method",
     "hooks_of",
     "is_capture_tensor",
+    "is_held",
     "lower",
     "names_of",
     "names_within",
+    "note_seed",
+    "run_handlers",
     "same_bits",
     "set_stand_ins",
     "set_unsupported_error",
     "share_version_counter",
     "standalone",
+    "stoppable",
     "unsupported_kind",
     "update_boundary",
     "whole_storage",
@@ -189,6 +196,24 @@ class Program:
     @property
     def graph(self) -> torch._C.Graph: ...
 
+class RandomStates:
+    """
+    States of generators, to be put back.
+    """
+    def __init__(self, arg0: collections.abc.Sequence[torch.Generator]) -> None: ...
+    def put_back(self) -> None: ...
+
+class Interrupted(BaseException):
+    pass
+
+class Hold:
+    """
+    While it is entered, Python's signal handlers wait.
+    """
+    def __enter__(self) -> None: ...
+    def __exit__(self, *args: object) -> None: ...
+    def __init__(self, stops: bool = True) -> None: ...
+
 class Ran:
     def __init__(
         self,
@@ -221,6 +246,7 @@ class Variant:
     _communicates: bool
     _program: typing.Any
     _stale: bool
+    _whole: bool
     def __init__(self, arg0: list[typing.Any]) -> None: ...
     def _add_bases(self, arg0: typing.Any) -> None: ...
     def _add_code(
@@ -233,7 +259,7 @@ class Variant:
     ) -> None: ...
     def _add_content(self, arg0: set[typing.Any] | frozenset[typing.Any]) -> None: ...
     def _add_entry(self, arg0: typing.Any, arg1: typing.Any) -> None: ...
-    def _add_function(self, arg0: typing.Any) -> None: ...
+    def _add_function(self, function: typing.Any, held: bool = True) -> None: ...
     def _add_getter(self, arg0: typing.Any, arg1: typing.Any) -> None: ...
     def _add_gradient_guard(
         self, arg0: int, arg1: typing.Any, arg2: Placement, arg3: int
@@ -255,7 +281,7 @@ class Variant:
     def _add_size_guard(self, arg0: int, arg1: collections.abc.Sequence[int]) -> None: ...
     def _add_tensor(self, arg0: typing.Any, arg1: typing.Any, arg2: Placement) -> None: ...
     def _add_tied(self, arg0: typing.Any, arg1: typing.Any) -> None: ...
-    def _add_type_of(self, arg0: typing.Any) -> None: ...
+    def _add_type_of(self, object: typing.Any, held: bool = True) -> None: ...
     def _add_value(self, arg0: typing.Any, arg1: typing.Any) -> None: ...
     def _add_value_guard(self, arg0: int, arg1: torch.Tensor) -> None: ...
     def _lift_argument(self, arg0: int) -> None: ...
@@ -264,7 +290,13 @@ class Variant:
     def _lift_number(self, arg0: typing.Any, arg1: int) -> None: ...
     def _lift_slot(self, arg0: typing.Any, arg1: typing.Any, arg2: Placement) -> None: ...
     def _lift_storage(self) -> None: ...
-    def _set_arguments(self, arg0: typing.Any, arg1: list[typing.Any], arg2: Placement) -> None: ...
+    def _set_arguments(
+        self,
+        arg0: typing.Any,
+        arg1: list[typing.Any],
+        arg2: collections.abc.Sequence[int],
+        arg3: Placement,
+    ) -> None: ...
     def _set_identities(
         self,
         arg0: collections.abc.Sequence[tuple[int, typing.Any]],
@@ -436,6 +468,11 @@ def hooks_of(arg0: torch.Tensor) -> list[list[typing.Any]]:
     """
 
 def is_capture_tensor(arg0: torch.Tensor) -> bool: ...
+def is_held() -> bool:
+    """
+    Whether a Hold is entered in this thread.
+    """
+
 def lower(
     recorder: Recorder,
     roots: collections.abc.Sequence[ValueRef],
@@ -456,6 +493,16 @@ def names_within(arg0: typing.Any) -> tuple[typing.Any, ...]:
     What a code object and those inside of it name, a _code.Names.
     """
 
+def note_seed(arg0: torch.Generator) -> None:
+    """
+    This thread has given a generator another seed, or state.
+    """
+
+def run_handlers() -> None:
+    """
+    Run the handlers that have waited, if no Hold is entered.
+    """
+
 def same_bits(arg0: torch.Tensor, arg1: torch.Tensor) -> bool:
     """
     Equal shapes, dtypes and values; 0.0 and -0.0 differ, a nan equals itself.
@@ -469,6 +516,13 @@ def standalone(
 ) -> typing.Any:
     """
     Call `fn` as if there were no capture, no autograd and no mode of any kind.
+    """
+
+def stoppable(
+    arg0: collections.abc.Callable[..., typing.Any], *args: typing.Any, **kwargs: typing.Any
+) -> typing.Any:
+    """
+    Call `fn`; in a Hold, a signal ends it with `Interrupted`.
     """
 
 def unsupported_kind(arg0: torch.Tensor) -> str: ...

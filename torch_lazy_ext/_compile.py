@@ -138,7 +138,7 @@ class Compiler:
         if callable(self.backend):
             if graph.functional:
                 return  # a compiler that takes graphs need not take some that write to inputs
-            called = _called(self.backend, graph, inputs)
+            called = _C.stoppable(_called, self.backend, graph, inputs)
             program.target = self._attempt(graph, _C.PythonProgram(called), weakref.ref(program))
             graph.runs_on = _name_of(self.backend)
         elif self.backend == "fx":
@@ -183,7 +183,7 @@ class Compiler:
             if graph.unsuitable:
                 raise _native.Unsuitable(graph.unsuitable)
             module = _scalars.as_tensors(graph.module)
-            code = compile(module, frozen, threads)
+            code = _C.stoppable(compile, module, frozen, threads)
             code.last_is_check = module.meta.get("check", False)
         except Exception as e:
             self._stays(graph, e)
@@ -204,7 +204,7 @@ class Compiler:
         inputs: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         """Run compiled code for the first time; keep it when its outputs are as they must be."""
-        state = torch.get_rng_state()
+        drawn = _C.RandomStates([torch.default_generator])
         written = {i: inputs[i].clone() for i in graph.written}
         switch = place()
         assert switch is not None
@@ -213,7 +213,7 @@ class Compiler:
             outputs = program.run(inputs)
             code.check(module, inputs, outputs)
         except Exception as e:
-            torch.set_rng_state(state)
+            drawn.put_back()
             for i, value in written.items():
                 inputs[i].copy_(value)
             outputs = script.run(inputs)  # or it raises: an error of the program on this data

@@ -9,11 +9,13 @@ collect cycles of garbage, and then to look for the holder, whose name is in the
 
 from __future__ import annotations
 
+import collections.abc
 import gc
 import sys
 import threading
+import time
 import types
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -22,7 +24,6 @@ from torch_lazy_ext._code import Ran
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 
-COLLECTED_AFTER = 32  # captures, so that dropped graphs of a small module stay below some 20 MiB
 
 PATIENCE = 2.0  # seconds that a capture waits for those of other threads
 
@@ -31,33 +32,40 @@ class Since:
     """Tells what Python objects were made since a moment, until it is closed.
 
     What was there before is set aside for Python's collector of cycles (`gc.freeze`): so what it
-    keeps track of is what was made since, and to collect it takes no time.
+    keeps track of is what was made since, and to collect it takes no time. Where the user has set
+    something aside, which must stay there, what was made since is what the collector has not come
+    to: it is called once, and then rests.
+
+    What is made by another thread may be incomplete, such as a tuple that is going to be resized,
+    which fails when anybody else refers to it: so ids are kept here, and no references. An id that
+    is given to another object meanwhile is that of an object made since all the same.
+
+    Captures of several threads take turns: each changes the state of its program for a time, which
+    another one may share, and each counts references. But a program that waits for the capture of
+    another thread must not wait for ever: after `PATIENCE` they overlap.
     """
 
-    _lock = threading.Lock()
-    _open = 0
-    _frozen = False
-    _uncollected = 0  # how many captures there were since all was collected
-    _young: frozenset[int] = frozenset()  # ids of what was made since, and then set aside
-    # One thread at a time: what another one makes meanwhile is held by that one, in objects that
-    # may not be complete. Captures take turns anyway, for the interpreter's lock.
     _turn = threading.RLock()
 
+    _lock = threading.RLock()  # setting aside may run finalizers
+    _all: ClassVar[list[Since]] = []  # those that are open
+    _freezes = False
+    _rests = False  # the collector, which was enabled
+
     def __init__(self) -> None:
-        self._before: list[Any] = []  # held, so that no id is given to another object
+        self._young: set[int] = set()  # ids of what was made since, and then set aside
         self._has_turn = False
 
     def __enter__(self) -> Since:
-        # A program that waits for another thread's capture must not wait for ever.
         self._has_turn = Since._turn.acquire(timeout=PATIENCE)
         with Since._lock:
-            if Since._open == 0 and gc.get_freeze_count() == 0:
-                gc.freeze()
-                Since._frozen = True
-            elif not Since._frozen:
-                # What the user has set aside must stay there; the rest is less.
-                self._before = gc.get_objects()
-            Since._open += 1
+            if not Since._all:
+                Since._freezes = gc.get_freeze_count() == 0
+                Since._rests = not Since._freezes and gc.isenabled()
+                if Since._rests:
+                    gc.disable()
+            Since._set_aside()
+            Since._all.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -68,40 +76,80 @@ class Since:
                 Since._turn.release()
 
     def _close(self) -> None:
-        self._before = []
         with Since._lock:
-            Since._open -= 1
-            if Since._open == 0 and Since._frozen:
-                Since._frozen, Since._young = False, frozenset()
+            Since._all.remove(self)
+            if Since._all:
+                return
+            if Since._freezes:
                 gc.unfreeze()
-                # Freezing sets the collector's counts back, so it would never come to what is old,
-                # graphs that were dropped among it.
-                Since._uncollected += 1
-                if gc.isenabled() and Since._uncollected >= COLLECTED_AFTER:
-                    Since._uncollected = 0
-                    gc.collect()
+            if Since._rests:
+                gc.enable()
+
+    @staticmethod
+    def _fresh() -> list[Any]:
+        """What was made since the last call of `_set_aside`."""
+        return gc.get_objects() if Since._freezes else gc.get_objects(generation=0)
+
+    @staticmethod
+    def _note_fresh() -> None:
+        if Since._all:
+            young = set(map(id, Since._fresh()))
+            for since in Since._all:
+                since._young |= young
+
+    @staticmethod
+    def _set_aside() -> None:
+        Since._note_fresh()
+        if Since._freezes:
+            gc.unfreeze()
+            gc.freeze()
+        else:
+            gc.collect(1)
 
     def made(self) -> Made:
-        young = frozenset(map(id, gc.get_objects())) | Since._young
-        return Made(young.difference(map(id, self._before)))
+        with Since._lock:
+            return Made(self._young.union(map(id, Since._fresh())))
+
+    def collect(self) -> None:
+        """Collect cycles of garbage among what was made since."""
+        with Since._lock:
+            if not (Since._freezes and self._young):
+                _collect()
+                return
+            # A capture that began later has set some of it aside.
+            Since._note_fresh()
+            gc.unfreeze()
+            _collect()
+            gc.freeze()
 
     def referrers(self, values: list[Any]) -> list[Any]:
         """What holds any of these, of everything that there is."""
         with Since._lock:
-            if Since._frozen:
-                # For the captures of other threads, which have not asked yet.
-                Since._young |= frozenset(map(id, gc.get_objects()))
-                gc.unfreeze()
-                found = gc.get_referrers(*values)
-                gc.freeze()
-                return found
-        return [found for found in gc.get_referrers(*values) if found is not self._before]
+            if not Since._freezes:
+                return gc.get_referrers(*values)
+            Since._note_fresh()
+            gc.unfreeze()
+            found = gc.get_referrers(*values)
+            gc.freeze()
+            return found
+
+
+def _collect() -> None:
+    """`gc.collect()`, which does nothing while another thread is at it, and has let this one run."""
+    done = _collections()
+    while gc.collect() == 0 and _collections() == done:
+        time.sleep(0)
+
+
+def _collections() -> int:
+    count: int = gc.get_stats()[-1]["collections"]
+    return count
 
 
 class Made:
     """The objects that were made since."""
 
-    def __init__(self, ids: frozenset[int]) -> None:
+    def __init__(self, ids: collections.abc.Set[int]) -> None:
         self._ids = ids
 
     def __contains__(self, value: object) -> bool:
@@ -254,7 +302,7 @@ def settle(recording: Recording, since: Since) -> None:
     if len(kept) == len(uneven):
         return
     del uneven
-    gc.collect()
+    since.collect()
     # What a custom autograd.Function keeps in its context is for the backward.
     # Autograd makes the history anew of a view whose base was written to.
     contexts, saved = recorder.resumed(lambda: _contexts(tensors))

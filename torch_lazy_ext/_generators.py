@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,7 @@ def _manual_seed(
 ) -> torch.Tensor:
     if not _is_inference(device):
         generator.manual_seed(seed & _MASK)
+        _C.note_seed(generator)
     return torch.empty(0, dtype=torch.uint8, device=device)
 
 
@@ -67,6 +69,7 @@ def _set_rng_state(
 ) -> torch.Tensor:
     if not state.is_meta:
         generator.set_state(state)
+        _C.note_seed(generator)
     return torch.empty(0, dtype=torch.uint8, device=state.device)
 
 
@@ -211,13 +214,23 @@ class Generators:
 class StandIn(torch._C.Generator):
     """Takes the place of a generator in a program that is captured."""
 
-    _generators: Generators
+    _of: weakref.ref[Generators]  # which hold this
 
     def __new__(cls, generators: Generators, device: torch.device) -> StandIn:
         # PyTorch's stub says __init__, and its C++ code takes the device in __new__.
         made = super().__new__(cls, device=device)  # type: ignore[call-arg]
-        made._generators = generators
+        made._of = weakref.ref(generators)
         return made
+
+    @property
+    def _generators(self) -> Generators:
+        generators = self._of()
+        if generators is None:
+            raise UnsupportedError(
+                "a torch.Generator is used that stood for one while a program was captured: use "
+                "the generator itself, and keep none that a captured program has seen"
+            )
+        return generators
 
     def manual_seed(self, seed: int) -> StandIn:
         self._generators.manual_seed(self, seed)

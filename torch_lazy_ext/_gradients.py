@@ -7,13 +7,14 @@ after it as often as was differentiated, and this graph is differentiable as the
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _compile, _lift, _lower, _record
+from torch_lazy_ext import _C, _compile, _interrupts, _lift, _lower, _record
 from torch_lazy_ext._errors import UnsupportedError
 
 # Products of a backward that autocast computes in its own type.
@@ -82,7 +83,8 @@ class Backward:
         if not self._compiled:
             with self._first_run:
                 if not self._compiled:
-                    self._compiler.finish(self._graph, self._program, inputs)
+                    finish = functools.partial(self._compiler.finish, self._graph, self._program)
+                    _interrupts.whole(lambda: finish(inputs))
                     self._compiled = True
         values = self._program.run(inputs)
         for guard in self.lowered.guards:
@@ -97,20 +99,14 @@ class Backward:
 
 
 class Derivatives:
-    """The higher derivatives of one variant.
+    """The higher derivatives of one variant, which holds this, and is not held by it.
 
     Args:
-        record: records the program once more, on the arguments of a call that the variant answered.
         refused: why there are none, or nothing.
     """
 
-    def __init__(
-        self,
-        record: Callable[[tuple[Any, ...], dict[str, Any]], tuple[_record.Recording, _lift.State]],
-        refused: str,
-    ) -> None:
+    def __init__(self, refused: str) -> None:
         self.refused = refused
-        self._record = record
         self._known: dict[Path, _Derivative] = {}
         self._lock = threading.Lock()
 
@@ -118,7 +114,7 @@ class Derivatives:
         known = self._known.get(path)
         if known is None:
             with self._lock:
-                recording, state = self._record(origin.args, origin.kwargs)
+                recording, state = origin.record(origin.args, origin.kwargs)
                 try:
                     lowered = _lower.lower_derivative(recording, state, path)
                     origin.check_lifted(recording.recorder)
@@ -137,6 +133,7 @@ class Origin:
     """What a higher derivative needs of the call that it belongs to.
 
     Args:
+        record: records the program once more, on the arguments of a call that the variant answered.
         args, kwargs: the arguments.
         tensors: the lifted tensors, before the call wrote to any.
         states: the generators that the program draws from, as the call found them.
@@ -145,6 +142,7 @@ class Origin:
     def __init__(
         self,
         derivatives: Derivatives,
+        record: Callable[[tuple[Any, ...], dict[str, Any]], tuple[_record.Recording, _lift.State]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[torch.Tensor],
@@ -153,6 +151,7 @@ class Origin:
         self.derivatives = derivatives
         self.refused = derivatives.refused
         if not self.refused:  # or all this would be kept for nothing
+            self.record = record
             self.args, self.kwargs = args, kwargs
             self.tensors = tensors
             self.states = states
@@ -308,6 +307,9 @@ class _Call:
         self.inputs = inputs
 
     def differentiably(self, tangents: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
+        return _interrupts.whole(lambda: self._differentiably(tangents))
+
+    def _differentiably(self, tangents: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
         """The gradients of `backward.lowered.wrt`, as results of a graph with a backward.
 
         Args:
@@ -324,12 +326,13 @@ class _Call:
             raise UnsupportedError(f"{what}: {origin.refused}. Call the program itself for those")
         positions = self.backward.lowered.positions
         path = (*self.path, frozenset(positions[k] for k in tangents))
-        now = [(g, g.get_state()) for g, _state in origin.states]
+        now = _C.RandomStates([g for g, _state in origin.states])
         try:
             for _attempt in range(4):
                 # The numbers that the call has drawn.
                 for generator, state in origin.states:
                     generator.set_state(state)
+                    _C.note_seed(generator)
                 derivative = origin.derivatives.get(path, origin)
                 origin.check(derivative)
                 inputs = dict(self.inputs)
@@ -342,8 +345,7 @@ class _Call:
             else:
                 raise UnsupportedError(CHANGED)
         finally:
-            for generator, state in now:
-                generator.set_state(state)
+            now.put_back()
         for backward in derivative.backwards if torch.is_grad_enabled() else ():
             saved = [values[r] for r in backward.lowered.saved]
             call = _Call(backward, saved, origin, path, inputs)

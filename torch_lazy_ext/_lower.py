@@ -945,19 +945,21 @@ def _backwards(
     # Topological: what is a leaf of another comes first.
     ordered: list[Backward] = []
     produced = {root: backward for backward in backwards for root in backward.outputs}
-
-    def put(backward: Backward) -> None:
-        if any(backward is known for known in ordered):
-            return
-        for key in backward.wrt:
-            source = history.made[~key] if key < 0 else None
-            if isinstance(source, FromRoot) and source.root in produced:
-                put(produced[source.root])
-        ordered.append(backward)
-
     for backward in backwards:
-        put(backward)
+        _put_after_leaves(backward, history, produced, ordered)
     return ordered, spent
+
+
+def _put_after_leaves(
+    backward: Backward, history: _History, produced: dict[int, Backward], ordered: list[Backward]
+) -> None:
+    if any(backward is known for known in ordered):
+        return
+    for key in backward.wrt:
+        source = history.made[~key] if key < 0 else None
+        if isinstance(source, FromRoot) and source.root in produced:
+            _put_after_leaves(produced[source.root], history, produced, ordered)
+    ordered.append(backward)
 
 
 def _components(outputs: list[torch.Tensor]) -> list[list[int]]:

@@ -223,10 +223,12 @@ def user_line() -> str:
 class StandIn:
     """Takes the place of something that moves: every use of it is refused."""
 
-    __slots__ = ("_moving", "_name", "_value", "_what")
+    __slots__ = ("_name", "_refusal", "_value", "_what")
 
-    def __init__(self, moving: Moving, value: Any, what: str, name: str) -> None:
-        self._moving = moving
+    def __init__(
+        self, refusal: Callable[[str], UnsupportedError], value: Any, what: str, name: str
+    ) -> None:
+        self._refusal = refusal
         self._value = value
         self._what = what
         self._name = name
@@ -237,7 +239,7 @@ class StandIn:
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         cls = type(getattr(self._value, "__self__", self._value))
-        raise self._moving.refusal(
+        raise self._refusal(
             f"the program {self._what} that was there before it, `{self._name}` of type "
             f"{cls.__name__} (at {user_line()}), which a replay would not move: take from it "
             "before the call, and pass what it gave"
@@ -335,7 +337,7 @@ class Moving:
             what = "" if standard else _kind(value)
             if not what:
                 return value
-            known = self._stand_ins[id(value)] = StandIn(self, value, what, name)
+            known = self._stand_ins[id(value)] = StandIn(self.refusal, value, what, name)
         return known
 
     @contextlib.contextmanager

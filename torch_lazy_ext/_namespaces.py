@@ -43,24 +43,28 @@ def guard(
     state: _lift.State,
     ran: _code.Ran,
     lifted: set[int],
+    arguments: set[int],
     placement: _C.Placement,
 ) -> Relied:
     """Let a variant compare at each call what the program read of Python.
 
     Args:
         lifted: ids of the tensors that the graph reads.
+        arguments: ids of arguments that are not to be kept alive; a call has these very objects.
     """
     ran.dynamic = ran.dynamic or state.dynamic
     state = state.reached(ran)
     relied = Relied(state, ran)
-    _guard_state(variant, state, ran)
+    _guard_state(variant, state, ran, arguments)
     _guard_tensors(variant, state, ran, lifted, placement, relied)
-    _guard_code(variant, state, ran, relied)
+    _guard_code(variant, state, ran, arguments, relied)
     state.forget()
     return relied
 
 
-def _guard_state(variant: _C.Variant, state: _lift.State, ran: _code.Ran) -> None:
+def _guard_state(
+    variant: _C.Variant, state: _lift.State, ran: _code.Ran, arguments: set[int]
+) -> None:
     by_name = state.namespaces - state.unsized
     for slot, value in state.values:
         # Classes, and the attributes of objects, are guarded by names.
@@ -84,7 +88,7 @@ def _guard_state(variant: _C.Variant, state: _lift.State, ran: _code.Ran) -> Non
         _add_getter(variant, _Keys(local, ran.names))
     for value in state.objects:
         if id(value) not in state.weak:  # this would keep it alive
-            variant._add_type_of(value)
+            variant._add_type_of(value, id(value) not in arguments)
     for fn in state.bare:
         variant._add_names(vars(fn), ran.names, set())
 
@@ -139,7 +143,13 @@ def _guard_tensors(
             variant._add_tied(read[0], other)
 
 
-def _guard_code(variant: _C.Variant, state: _lift.State, ran: _code.Ran, relied: Relied) -> None:
+def _guard_code(
+    variant: _C.Variant,
+    state: _lift.State,
+    ran: _code.Ran,
+    arguments: set[int],
+    relied: Relied,
+) -> None:
     found: set[Any] = set()
     types: set[type] = set()
     known: set[int] = set()
@@ -150,7 +160,7 @@ def _guard_code(variant: _C.Variant, state: _lift.State, ran: _code.Ran, relied:
         if entry.first is not None:
             types.add(entry.first)
         if entry.function is not None:
-            variant._add_function(entry.function)
+            variant._add_function(entry.function, id(entry.function) not in arguments)
     for value in found:
         if isinstance(value, type):
             types.add(value)

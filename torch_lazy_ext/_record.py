@@ -80,6 +80,10 @@ class Capture:
         self.ran_backward = False
         self.replaced: dict[int, int] = {}
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
+        # No methods of this: what holds them would be in a cycle with it.
+        self.refusal = functools.partial(_refusal, recorder)
+        self._user = functools.partial(_user_of, self._arguments)
+        self.adopt = functools.partial(_adopt, recorder, self.gradients, self.refusal)
         self.autograd = _autograd.Autograd(recorder, state, self._user, self.refusal)
         self._saved_hooks: list[Any] = []  # of the caller, for saved tensors
         self.data_parallel = _collectives.DataParallel(self.adopt)
@@ -131,11 +135,6 @@ class Capture:
             if Capture._count == 0:
                 _remove()
 
-    def refusal(self, message: str) -> UnsupportedError:
-        """The error to raise; the capture fails with it also when the program catches it."""
-        self.recorder.refusal = message
-        return UnsupportedError(message)
-
     def owns(self, tensor: Any) -> bool:
         return isinstance(tensor, torch.Tensor) and (
             _C.is_capture_tensor(tensor) or self.recorder.is_liftable(tensor)
@@ -150,10 +149,6 @@ class Capture:
             twin.__dict__.update(tensor.__dict__)
         self._arguments[id(twin)] = tensor
         return twin
-
-    def _user(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The tensor that existed before the program; None for one that the program made."""
-        return self._arguments.get(id(tensor)) if _C.is_capture_tensor(tensor) else tensor
 
     # ------------------------------------------------------- what handlers answer
 
@@ -268,14 +263,7 @@ class Capture:
         if not isinstance(data, (list, tuple)) or not _any_tensor(data):
             return None
 
-        def known(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return [known(v) for v in value]
-            if isinstance(value, torch.Tensor):
-                return torch.zeros(value.shape, dtype=value.dtype)
-            return 0.0 if isinstance(value, Number) else value
-
-        dtype: torch.dtype = self._standalone(lambda: _TENSOR(known(data)).dtype)
+        dtype: torch.dtype = self._standalone(lambda: _TENSOR(_alike(data)).dtype)
         return dtype
 
     def fused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -395,21 +383,6 @@ class Capture:
         self.assigned[id(tensor)] = (tensor, new, tensor if user is None else user)
 
     # The gradient of a lifted leaf is that of its twin, where autograd accumulates it.
-
-    def adopt(self, tensor: torch.Tensor, seen: bool = True) -> torch.Tensor:
-        """The twin of a leaf, with the gradient that the leaf has."""
-        twin = self.recorder.twin_of(tensor)
-        if id(tensor) not in self.gradients:
-            grad = _autograd.grad_of(tensor)
-            self.gradients[id(tensor)] = (tensor, grad, seen)
-            if grad is not None and seen:
-                if not self.recorder.is_liftable(grad):
-                    raise self.refusal(
-                        f"the program uses a gradient that is {_C.unsupported_kind(grad)}, which "
-                        "a graph cannot hold: set it to None, or make it dense, before the call"
-                    )
-                twin.grad = self.recorder.twin_of(grad)
-        return twin
 
     def zero_grad(self, func: Any, owner: Any, set_to_none: bool = True) -> None:
         # Whether there are gradients decides nothing when they all become None.
@@ -592,6 +565,15 @@ def _any_tensor(data: Any, *others: type) -> bool:
     return isinstance(data, (torch.Tensor, *others))
 
 
+def _alike(data: Any) -> Any:
+    """Nested lists with real tensors of zeros in the place of tensors, and floats of numbers."""
+    if isinstance(data, (list, tuple)):
+        return [_alike(v) for v in data]
+    if isinstance(data, torch.Tensor):
+        return torch.zeros(data.shape, dtype=data.dtype)
+    return 0.0 if isinstance(data, Number) else data
+
+
 def _rebuilt(tensor: torch.Tensor) -> Any:
     """What `copy.copy` makes of a tensor that no capture knows."""
     rebuild, args = tensor.__reduce_ex__(4)[:2]
@@ -612,6 +594,43 @@ def _owner(array: Any) -> Any:
     while _tree.is_array(array.base):
         array = array.base
     return array
+
+
+def _refusal(recorder: _C.Recorder, message: str) -> UnsupportedError:
+    """The error to raise; the capture fails with it also when the program catches it."""
+    recorder.refusal = message
+    return UnsupportedError(message)
+
+
+def _user_of(arguments: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that existed before the program; None for one that the program made.
+
+    Args:
+        arguments: id of a twin -> the argument.
+    """
+    return arguments.get(id(tensor)) if _C.is_capture_tensor(tensor) else tensor
+
+
+def _adopt(
+    recorder: _C.Recorder,
+    gradients: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]],
+    refusal: Callable[[str], UnsupportedError],
+    tensor: torch.Tensor,
+    seen: bool = True,
+) -> torch.Tensor:
+    """The twin of a leaf, with the gradient that the leaf has, which is noted in `gradients`."""
+    twin = recorder.twin_of(tensor)
+    if id(tensor) not in gradients:
+        grad = _autograd.grad_of(tensor)
+        gradients[id(tensor)] = (tensor, grad, seen)
+        if grad is not None and seen:
+            if not recorder.is_liftable(grad):
+                raise refusal(
+                    f"the program uses a gradient that is {_C.unsupported_kind(grad)}, which a "
+                    "graph cannot hold: set it to None, or make it dense, before the call"
+                )
+            twin.grad = recorder.twin_of(grad)
+    return twin
 
 
 class SharedArray:
@@ -1113,6 +1132,7 @@ def record(
     Raises:
         FallbackError: an operator that the fallback config names was met.
         UnsupportedError: the program did something a graph cannot hold.
+        Interrupted: a signal has ended the program (see `_interrupts`).
         SharedStorage: the recording has to be repeated with these tensors in `shared`.
         CreatesState: the recording has to be repeated with the optimizers' state in its place.
         Exception: whatever the program itself raises.
@@ -1187,7 +1207,7 @@ def _record(
         with in_place[0], in_place[1], capture:
             noted.start()
             try:
-                recording.result = context.run(fn, *own_args, **own_kwargs)
+                recording.result = _C.stoppable(context.run, fn, *own_args, **own_kwargs)
             finally:
                 undisturbed = noted.stop()
         if not undisturbed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ class Relied:
         ]
         self._codes = [e.code for e in ran.entries if not e.library]
         self._globals = [(e.code, e.globals) for e in ran.entries if not e.library]
-        self._functions = [e.function for e in ran.entries if e.function and not e.library]
+        self._functions = [
+            weakref.ref(e.function) for e in ran.entries if e.function and not e.library
+        ]
 
     def lines(self, verbose: bool) -> list[str]:
         """One line for each value that the program's own code names, and one for all else."""
@@ -74,7 +77,10 @@ class Relied:
                     continue
                 add(name, held, "global" if name == chain[0] else "attribute of a module")
         function: Any  # a method has what its function has
-        for function in self._functions:
+        for reference in self._functions:
+            function = reference()
+            if function is None:
+                continue
             code = function.__code__
             place = f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}"
             defaults = function.__defaults__ or ()

@@ -6,7 +6,9 @@ import collections
 import contextlib
 import functools
 import threading
+import types
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch_lazy_ext import (
     _compile,
     _fx,
     _gradients,
+    _interrupts,
     _lift,
     _lower,
     _namespaces,
@@ -57,6 +60,10 @@ class _Uninitialized(Exception):
     """The program has parameters whose shapes its first call decides (`nn.LazyLinear`)."""
 
 
+class _CaptureRaises(Exception):
+    """What a capture raises that is no error of this package, for people."""
+
+
 class _Learned(Exception):
     """The first run corrected what is known about an operator's strides: capture again."""
 
@@ -64,6 +71,10 @@ class _Learned(Exception):
 # Leave the run of a variant as they are; every other exception is a mismatch.
 _KEPT_ERRORS = (_Learned, _Mismatch, ExtractionError)
 _HANDLED_ERRORS = (_Learned, _Mismatch)
+# A variant that raises one of these in its first call is not kept.
+_DISCARDING_ERRORS = (_Learned, _Mismatch, _C.Interrupted)
+# Operators whose kernels are C++ code.
+_NATIVE = ("aten", "prim")
 
 
 def _no_derivatives(lowered: _lower.Lowered) -> str:
@@ -80,6 +91,13 @@ def _no_derivatives(lowered: _lower.Lowered) -> str:
     if any(base >= 0 for _tensor, _constant, base in lowered.lifted):
         return "the program writes to memory that several of its tensors share"
     return ""
+
+
+def _has_effects(lowered: _lower.Lowered) -> bool:
+    """Whether a call changes anything but random number generators."""
+    effects: list[object] = [lowered.writes, lowered.refills, lowered.effects, lowered.assigned]
+    effects += [lowered.gradients, lowered.required, lowered.hooks, lowered.retained, lowered.modes]
+    return any(effects)
 
 
 def _placement(lowered: _lower.Lowered) -> _C.Placement:
@@ -136,7 +154,10 @@ class Specialization(_C.Variant):
         relied: what the program read of Python.
         hits: calls that this variant answered.
         misses: runs whose result was thrown away, because the data took another way.
+        owner: the graph whose variant it is.
     """
+
+    owner: weakref.ref[CompiledGraph] | None = None
 
     def __init__(
         self,
@@ -196,15 +217,9 @@ class Specialization(_C.Variant):
         self._first_run = threading.Lock()
         self._guard_calls(flat, state, lowered, ran)
         self._set_up_lifted(flat, state, lowered)
-        self._derivatives = _gradients.Derivatives(
-            functools.partial(
-                self._record_again,
-                fn,
-                torch.is_autocast_enabled("cpu"),
-                torch.get_autocast_dtype("cpu"),
-            ),
-            _no_derivatives(lowered),
-        )
+        self._fn = fn
+        self._autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+        self._derivatives = _gradients.Derivatives(_no_derivatives(lowered))
         self.guards = [Guard(g) for g in lowered.guards]
         for guard in self.guards:
             add = self._add_value_guard if guard.is_value else self._add_size_guard
@@ -212,6 +227,9 @@ class Specialization(_C.Variant):
         lowered.lifted = []
         self._backwards = [_gradients.Backward(b, compiler) for b in lowered.backwards]
         self._set_up_native_finish(lowered)
+        self._whole = _has_effects(lowered) or any(
+            n.kind().partition("::")[0] not in _NATIVE for n in lowered.graph.nodes()
+        )
 
     @functools.cached_property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -229,15 +247,22 @@ class Specialization(_C.Variant):
     def _guard_calls(
         self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered, ran: _code.Ran
     ) -> None:
+        # An object that only itself is equal to needs no more than a weak reference: once it has
+        # gone, no call can have it.
+        gone = functools.partial(_argument_has_gone, weakref.ref(self))
+        weak = [i for i, v in enumerate(flat.leaves) if _is_only_itself(v)]
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
-        self._set_arguments(flat.spec, leaves, _placement(lowered))
+        for i in weak:
+            leaves[i] = weakref.ref(flat.leaves[i], gone)
+        self._set_arguments(flat.spec, leaves, weak, _placement(lowered))
         if any(not isinstance(c, tuple) for c in flat.containers[2:-1]):
             known = [(i, c) for i, c in enumerate(flat.containers) if state.knows(c)]
             self._set_identities(
                 [(i, c) for i, c in known if not isinstance(c, tuple)], state.mutable_ids()
             )
         lifted = {id(tensor) for tensor, _constant, _base in lowered.lifted}
-        self.relied = _namespaces.guard(self, state, ran, lifted, _placement(lowered))
+        arguments = {id(flat.leaves[i]) for i in weak}
+        self.relied = _namespaces.guard(self, state, ran, lifted, arguments, _placement(lowered))
 
     def _set_up_lifted(self, flat: _tree.Flat, state: _lift.State, lowered: _lower.Lowered) -> None:
         """Say how to come by each lifted tensor at a call."""
@@ -329,25 +354,20 @@ class Specialization(_C.Variant):
         )
 
     def _record_again(
-        self,
-        fn: Callable[..., Any],
-        autocast: bool,
-        autocast_dtype: torch.dtype,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[_record.Recording, _lift.State]:
         """Record the program once more, on the arguments of a call that this variant answered.
 
         Raises:
             UnsupportedError: what it reads beside its arguments has changed since.
         """
-        with torch.enable_grad(), torch.autocast("cpu", autocast_dtype, autocast):
+        with torch.enable_grad(), torch.autocast("cpu", *self._autocast):
             if self.match(args, kwargs) is None:
                 raise UnsupportedError(_gradients.CHANGED)
             leaves = _tree.flatten((args, kwargs)).leaves
             opaque = [v for v in leaves if not isinstance(v, torch.Tensor)]
-            state = _lift.State(fn, *opaque, *_function_modes())
-            return _record.record(fn, args, kwargs, state, []), state
+            state = _lift.State(self._fn, *opaque, *_function_modes())
+            return _record.record(self._fn, args, kwargs, state, []), state
 
     def _written(self, tensors: list[torch.Tensor]) -> set[int]:
         """The memory that a call writes to."""
@@ -424,7 +444,9 @@ class Specialization(_C.Variant):
         take = _Results(containers, tensors, values)
         if self._backwards or lowered.spent:
             drawn = list(zip(lowered.generators, states))
-            origin = _gradients.Origin(self._derivatives, args, kwargs, tensors, drawn)
+            origin = _gradients.Origin(
+                self._derivatives, self._record_again, args, kwargs, tensors, drawn
+            )
             written = self._written(tensors)
             made = [functools.partial(take.leaf, source) for source in lowered.made]
             with torch.enable_grad():
@@ -458,6 +480,18 @@ class Specialization(_C.Variant):
         for set_mode, mode in lowered.modes:
             set_mode(mode)
         return result
+
+
+_NO_MATCH = object()
+
+
+def _answer(specialization: Specialization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a call; _NO_MATCH when it is another than the captured one."""
+    call, lacking = specialization.prepare(args, kwargs)
+    if call is None:
+        return _NO_MATCH
+    with lacking:
+        return specialization.run(call)
 
 
 class _OneAtATime:
@@ -808,6 +842,26 @@ def _unsuitable(lowered: _lower.Lowered) -> str:
     return ""
 
 
+def _is_only_itself(leaf: Any) -> bool:
+    """Whether an argument is equal to no other object, and can be referred to weakly."""
+    cls = type(leaf)
+    equality: Any = cls.__eq__
+    return (
+        equality is object.__eq__
+        and cls.__weakrefoffset__ != 0
+        and not isinstance(leaf, (type, types.ModuleType, torch.Tensor))
+    )
+
+
+def _argument_has_gone(variant: weakref.ref[Specialization], _argument: weakref.ref[Any]) -> None:
+    specialization = variant()
+    if specialization is not None:
+        specialization._stale = True
+        graph = None if specialization.owner is None else specialization.owner()
+        if graph is not None:
+            graph._drop_stale()
+
+
 def _kept_value(leaf: Any) -> Any:
     # An array can be written to between the calls.
     return leaf.copy() if _tree.is_array(leaf) else leaf
@@ -874,18 +928,21 @@ class CompiledGraph(_C.Caller):
 
     def _extract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture on example arguments; with uninitialized parameters, a later call does."""
-        raised = False
         with contextlib.suppress(_Uninitialized):
-            try:
-                self._capture(args, kwargs)
-            except (ExtractionError, _Uninitialized):
-                raise
-            except Exception:
-                raised = True
-            if raised:
-                # By itself, or since the program relies on an error that only a running kernel
-                # raises (of a dtype that it lacks): once more, with each operator run.
-                self._capture(args, kwargs, verify_layouts=True)
+            _interrupts.whole(functools.partial(self._extract_whole, args, kwargs))
+
+    def _extract_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raised = False
+        try:
+            self._capture(args, kwargs)
+        except (ExtractionError, _Uninitialized):
+            raise
+        except Exception:
+            raised = True
+        if raised:
+            # By itself, or since the program relies on an error that only a running kernel raises
+            # (of a dtype that it lacks): once more, with each operator run.
+            self._capture(args, kwargs, verify_layouts=True)
 
     def _capture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False
@@ -894,11 +951,25 @@ class CompiledGraph(_C.Caller):
         specialization = Specialization(
             self._fn, args, kwargs, flat, self._compiler, verify_layouts
         )
+        specialization.owner = weakref.ref(self)
         with self._lock:
-            self._specializations.insert(0, specialization)
-            del self._specializations[self._limit :]
-            self._set_variants(self._specializations)
+            kept = [s for s in self._specializations if not s._stale]
+            self._keep([specialization, *kept][: self._limit])
         return specialization
+
+    def _drop_stale(self) -> None:
+        # Called wherever an object may go. Whoever has the lock does this later, in a capture.
+        with _C.Hold():
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._keep([s for s in self._specializations if not s._stale])
+                finally:
+                    self._lock.release()
+
+    def _keep(self, specializations: list[Specialization]) -> None:
+        # The C++ half holds none of them: it has to know them before others go.
+        self._set_variants(specializations)
+        self._specializations = specializations
 
     def _serve(
         self,
@@ -921,13 +992,12 @@ class CompiledGraph(_C.Caller):
                 if specialization is tried:
                     assert error is not None
                     raise error
-                call, lacking = specialization.prepare(args, kwargs)
-                if call is None:
+                result = _interrupts.whole(functools.partial(_answer, specialization, args, kwargs))
+                if result is _NO_MATCH:
                     continue
                 matching += 1
-                with lacking:
-                    result = specialization.run(call)
             except _Mismatch as mismatch:
+                matching += specialization is not tried
                 failed.append(specialization)
                 if mismatch.observed is not None and len(mismatch.observed) > len(observed):
                     observed = mismatch.observed
@@ -935,6 +1005,9 @@ class CompiledGraph(_C.Caller):
             except _Learned:
                 self._discard(specialization)
                 return self._capture_and_run(args, kwargs, verify_layouts=True)
+            finally:
+                if specialization is tried:
+                    error = None  # which has this frame in its traceback
             self._touch(specialization)
             return result
         if failed:
@@ -972,46 +1045,52 @@ class CompiledGraph(_C.Caller):
     ) -> Any:
         for _attempt in range(4):
             try:
-                specialization = self._capture(args, kwargs, verify_layouts)
-            except ExtractionError:
-                raise
+                return _interrupts.whole(
+                    functools.partial(self._capture_and_answer, args, kwargs, verify_layouts)
+                )
             except _Uninitialized:
                 return self._eagerly(args, kwargs, UNINITIALIZED)
-            except Exception as e:
+            except _CaptureRaises as e:
                 # The program's own error, and nothing has happened yet: eager does what the
                 # program does before it raises, and raises.
-                reason = f"the capture raises {type(e).__name__}: {e}"
-                return self._eagerly(args, kwargs, reason, surprise=True)
-            try:
-                call, lacking = specialization.prepare(args, kwargs)
-                assert call is not None, "a variant does not fit the call it was captured for"
-                with lacking:
-                    return specialization.run(call)
+                return self._eagerly(args, kwargs, str(e), surprise=True)
             except _Learned:
-                self._discard(specialization)
                 verify_layouts = True
             except _Mismatch as mismatch:
                 # The operators raise on this data: so does the program, in its own words.
-                self._discard(specialization)
                 return self._eagerly(args, kwargs, mismatch.reason, surprise=True)
         raise UnsupportedError(
             "an operator of the program gives other shapes or dtypes on each run than were "
             "recorded: keep it outside of the program"
         )
 
+    def _capture_and_answer(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool
+    ) -> Any:
+        try:
+            specialization = self._capture(args, kwargs, verify_layouts)
+        except (ExtractionError, _Uninitialized):
+            raise
+        except Exception as e:
+            raise _CaptureRaises(f"the capture raises {type(e).__name__}: {e}") from e
+        try:
+            result = _answer(specialization, args, kwargs)
+        except _DISCARDING_ERRORS:
+            self._discard(specialization)
+            raise
+        assert result is not _NO_MATCH, "a variant does not fit the call it was captured for"
+        return result
+
     def _discard(self, specialization: Specialization) -> None:
-        with self._lock:
-            if specialization in self._specializations:
-                self._specializations.remove(specialization)
-                self._set_variants(self._specializations)
+        with _C.Hold(), self._lock:
+            self._keep([s for s in self._specializations if s is not specialization])
 
     def _touch(self, specialization: Specialization) -> None:
         if self._specializations[:1] != [specialization]:
-            with self._lock:
-                if specialization in self._specializations:
-                    self._specializations.remove(specialization)
-                    self._specializations.insert(0, specialization)
-                    self._set_variants(self._specializations)
+            with _C.Hold(), self._lock:
+                others = [s for s in self._specializations if s is not specialization]
+                if len(others) < len(self._specializations):
+                    self._keep([specialization, *others])
 
     def _failure(self, specialization: Specialization, observed: list[torch.Tensor]) -> str:
         if not observed:

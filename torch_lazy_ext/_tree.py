@@ -322,28 +322,31 @@ class Flat:
         self.containers = containers
 
 
+# No functions that refer to themselves by a closure: each of these would keep what it was called
+# with until Python collects cycles.
+
+
 def flatten(value: Any) -> Flat:
     leaves: list[Any] = []
     containers: list[Any] = []
-    seen: dict[int, int] = {}
-
-    def walk(v: Any) -> Any:
-        taken = parts(v)
-        if taken is None:
-            leaves.append(v)
-            return None
-        shape, children = taken
-        if not is_immutable(shape):
-            # Whether one tuple is held twice or two equal ones are is Python's affair.
-            known = seen.get(id(v))
-            if known is not None:
-                return known
-            seen[id(v)] = len(containers)
-        containers.append(v)
-        return (shape, tuple([walk(c) for c in children]))
-
-    spec = walk(value)
+    spec = _flatten(value, leaves, containers, {})
     return Flat(leaves, spec, containers)
+
+
+def _flatten(value: Any, leaves: list[Any], containers: list[Any], seen: dict[int, int]) -> Any:
+    taken = parts(value)
+    if taken is None:
+        leaves.append(value)
+        return None
+    shape, children = taken
+    if not is_immutable(shape):
+        # Whether one tuple is held twice or two equal ones are is Python's affair.
+        known = seen.get(id(value))
+        if known is not None:
+            return known
+        seen[id(value)] = len(containers)
+    containers.append(value)
+    return (shape, tuple([_flatten(c, leaves, containers, seen) for c in children]))
 
 
 def rebuild(
@@ -354,35 +357,37 @@ def rebuild(
     An immutable container without containers or replaced leaves below it is still made anew. A
     mutable one for which `keep` says so stays itself, with all that it holds.
     """
-    containers: list[Any] = []
-    made: dict[int, Any] = {}
+    rebuilding = _Rebuilding(replace, keep)
+    return rebuilding.walk(value), rebuilding.containers
 
-    def walk(v: Any) -> Any:
-        taken = parts(v)
+
+class _Rebuilding:
+    def __init__(self, replace: Callable[[Any], Any], keep: Callable[[Any], bool]) -> None:
+        self.containers: list[Any] = []
+        self._replace = replace
+        self._keep = keep
+        self._made: dict[int, Any] = {}
+
+    def walk(self, value: Any) -> Any:
+        taken = parts(value)
         if taken is None:
-            return replace(v)
-        if id(v) in made:
-            return made[id(v)]
+            return self._replace(value)
+        if id(value) in self._made:
+            return self._made[id(value)]
         shape, children = taken
-        position = len(containers)
-        containers.append(None)
+        position = len(self.containers)
+        self.containers.append(None)
         if is_immutable(shape):
-            copy = make_tuple(shape, [walk(c) for c in children])
-        elif keep(v):
-            copy = made[id(v)] = v
+            copy = make_tuple(shape, [self.walk(c) for c in children])
+        elif self._keep(value):
+            copy = self._made[id(value)] = value
             for child in children:
-                walk(child)
+                self.walk(child)
         else:
-            copy = made[id(v)] = make(shape)
-            fill(copy, shape, [walk(c) for c in children])
-        containers[position] = copy
+            copy = self._made[id(value)] = make(shape)
+            fill(copy, shape, [self.walk(c) for c in children])
+        self.containers[position] = copy
         return copy
-
-    result, found = walk(value), list(containers)
-    # `walk` holds itself, and with it these, until it is collected.
-    made.clear()
-    containers.clear()
-    return result, found
 
 
 def is_array(value: Any) -> bool:

@@ -15,7 +15,7 @@ import time
 import unittest
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -59,6 +59,8 @@ def _(x):
     return torch.empty_like(x)
 
 
+for _optimizer in (torch.optim.Adam, torch.optim.SGD):
+    _optimizer([torch.zeros(1)])  # the first one puts a profiler around the step of its class
 # Before the first extraction.
 METHODS = [
     (owner, dict(vars(owner)))
@@ -916,6 +918,217 @@ class LifetimeTest(unittest.TestCase):
         x = torch.randn(2, 3)
         with torch.no_grad():
             torch.testing.assert_close(graph(x), eager(x) * scale)
+
+
+class ReleasedTest(unittest.TestCase):
+    """Graphs, and what they were given, go with their last reference: the collector has no part."""
+
+    def setUp(self) -> None:
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+
+    def check(self, make: Callable[[], tuple[Any, ...]]) -> None:
+        """`make` gives a graph that has been called, and what else nobody else holds."""
+        graph, *others = make()
+        dead = [weakref.ref(value) for value in (graph, *graph.specializations, *others)]
+        self.assertGreater(len(dead), 1)
+        del graph, others
+        self.assertEqual([r() for r in dead if r() is not None], [])
+
+    def test_inference(self) -> None:
+        def make():
+            model = Stateful()
+            with torch.no_grad():
+                graph = extract_compiled_graph(model, (torch.randn(4, 3),))
+                graph(torch.randn(4, 3))
+            return graph, model
+
+        self.check(make)
+
+    def test_results_with_gradients(self) -> None:
+        def make():
+            model = nn.Linear(3, 2)
+            graph = extract_compiled_graph(model, (torch.randn(4, 3),))
+            graph(torch.randn(4, 3)).sum().backward()
+            return graph, model
+
+        self.check(make)
+
+    def test_second_derivatives(self) -> None:
+        def make():
+            model = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+            graph = extract_compiled_graph(model, (torch.randn(4, 3),))
+            result = graph(torch.randn(4, 3))
+            (grad,) = torch.autograd.grad(result.sum(), model[0].weight, create_graph=True)
+            grad.sum().backward()
+            return graph, model
+
+        self.check(make)
+
+    def test_derivative_after_the_graph_has_gone(self) -> None:
+        model = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+        x = torch.randn(4, 3)
+        graph = extract_compiled_graph(model, (x,))
+        result = graph(x)
+        (dead,) = map(weakref.ref, graph.specializations)
+        del graph
+        grads = [
+            torch.autograd.grad(r.sum(), model[0].weight, create_graph=True)[0]
+            for r in (result, model(x))
+        ]
+        seconds = [torch.autograd.grad(g.pow(2).sum(), model[0].weight)[0] for g in grads]
+        self.assertTrue(torch.equal(*seconds))
+        del result, grads
+        self.assertIsNone(dead())
+
+    def test_training_step(self) -> None:
+        def make():
+            model = nn.Linear(3, 2)
+            optimizer = torch.optim.AdamW(model.parameters())
+
+            def step(x):
+                optimizer.zero_grad()
+                loss = model(x).sum()
+                loss.backward()
+                optimizer.step()
+                return loss
+
+            graph = extract_compiled_graph(step, (torch.randn(4, 3),))
+            for _ in range(3):
+                graph(torch.randn(4, 3))
+            return graph, step
+
+        self.check(make)
+
+    def test_other_backends(self) -> None:
+        for arguments in ({"backend": "fx"}, {"freeze": True}, {"backend": lambda m, _i: m}):
+
+            def make(arguments=arguments):
+                model = nn.Linear(3, 2)
+                with torch.no_grad():
+                    graph = extract_compiled_graph(model, (torch.randn(4, 3),), **arguments)
+                    for _ in range(3):
+                        graph(torch.randn(4, 3))
+                return graph, model
+
+            with self.subTest(str(arguments)):
+                self.check(make)
+
+    def test_data_and_recapture(self) -> None:
+        def make():
+            graph = extract_compiled_graph(lambda x: -x if x.sum() > 0 else x, (torch.ones(3),))
+            for x in (torch.ones(3), -torch.ones(3), torch.ones(4)):
+                graph(x)
+            return (graph,)
+
+        self.check(make)
+
+    def test_variant_that_another_takes_the_place_of(self) -> None:
+        graph = extract_compiled_graph(lambda x: x + 1, (torch.ones(3),), limit=1)
+        dead = weakref.ref(graph.specializations[0])
+        graph(torch.ones(4))
+        self.assertIsNone(dead())
+
+    def test_failed_extraction(self) -> None:
+        class Fails(nn.Linear):
+            def forward(self, x):
+                return super().forward(x).to_sparse()
+
+        class Raises(nn.Linear):
+            def forward(self, x):
+                return super().forward(x).no_such_method()
+
+        for cls in (Fails, Raises):
+            model = cls(3, 3)
+            dead = weakref.ref(model)
+            with contextlib.suppress(UnsupportedError, AttributeError):
+                extract_compiled_graph(model, (torch.ones(3),))
+            del model
+            self.assertIsNone(dead())
+
+    # --------------------------------------------- arguments and gradients, while the graph lives
+
+    def check_argument(
+        self, program: Any, make: Callable[[], Any], only_itself: bool = True
+    ) -> None:
+        """The graph lets go of an argument, and of variants that are for that object only."""
+        graph = extract_compiled_graph(program, (make(), torch.ones(2)))
+        for _ in range(2):
+            argument = make()
+            dead = weakref.ref(argument)
+            want = program(argument, torch.ones(2))
+            self.assertTrue(torch.equal(graph(argument, torch.ones(2)), want))
+            self.assertTrue(torch.equal(graph(argument, torch.ones(2)), want))
+            weight = (
+                weakref.ref(w) if (w := getattr(argument, "weight", None)) is not None else None
+            )
+            del argument, w, want
+            self.assertIsNone(dead())
+            if weight is not None:
+                self.assertIsNone(weight())
+        for variant in graph.specializations:
+            self.assertFalse(only_itself, variant)
+
+    def test_module_as_argument(self) -> None:
+        with torch.no_grad():
+            self.check_argument(lambda m, x: m(x), lambda: nn.Linear(2, 2))
+        self.check_argument(lambda m, x: m(x), lambda: nn.Linear(2, 2))
+
+    def test_object_as_argument(self) -> None:
+        class Settings:
+            def __init__(self) -> None:
+                self.scale = 2.0
+
+        self.check_argument(lambda s, x: x * s.scale, Settings, only_itself=False)
+
+    def test_function_as_argument(self) -> None:
+        self.check_argument(lambda f, x: f(x) + 1, lambda: lambda x: x * 2)
+
+    def test_bound_to_an_argument_in_a_list(self) -> None:
+        graph = extract_compiled_graph(lambda ms, x: ms[0](x), ([nn.Linear(2, 2)], torch.ones(2)))
+        module = nn.Linear(2, 2)
+        dead = weakref.ref(module)
+        graph([module], torch.ones(2))
+        del module
+        self.assertIsNone(dead())
+
+    def test_object_at_the_same_address(self) -> None:
+        """An identity that was compared is that of the object, and not of its place."""
+
+        class Settings:
+            def __init__(self, scale: float) -> None:
+                self.scale = scale
+
+        graph = extract_compiled_graph(lambda s, x: x * s.scale, (Settings(2.0), torch.ones(2)))
+        for scale in (3.0, 4.0, 5.0):
+            self.assertEqual(graph(Settings(scale), torch.ones(2)).tolist(), [scale] * 2)
+
+    def test_gradient_that_a_step_read(self) -> None:
+        for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+            model = nn.Linear(2, 2)
+            step = optimizer(model.parameters(), lr=0.1)
+            model(torch.ones(2)).sum().backward()
+            graph = extract_compiled_graph(step.step, ())
+            for _ in range(2):
+                graph()
+                dead = weakref.ref(model.weight.grad)
+                step.zero_grad()
+                self.assertIsNone(dead())
+                model(torch.ones(2)).sum().backward()
+
+    def test_gradient_that_a_program_read(self) -> None:
+        weight = torch.ones(2, requires_grad=True)
+        graph = extract_compiled_graph(
+            lambda x: x if weight.grad is None else x * weight.grad, (torch.ones(2),)
+        )
+        for factor in (2.0, 3.0):
+            weight.grad = torch.full((2,), factor)
+            self.assertEqual(graph(torch.ones(2)).tolist(), [factor] * 2)
+        dead = weakref.ref(weight.grad)
+        weight.grad = None
+        self.assertIsNone(dead())
+        self.assertEqual(graph(torch.ones(2)).tolist(), [1.0, 1.0])
 
 
 class NestingTest(unittest.TestCase):

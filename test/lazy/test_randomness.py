@@ -481,6 +481,63 @@ class SeedOfThreadsTest(unittest.TestCase):
         seed(78)
         self.assertTrue(torch.equal(graph(torch.ones(2)), want))
 
+    def test_seed_of_another_thread_stays_when_numbers_are_put_back(self) -> None:
+        """It comes while a kernel runs: of a capture that looks at data, and of a call in vain."""
+        threads_seed = [False]
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.addCleanup(pool.shutdown)
+        pool.submit(int).result()
+
+        @torch.library.custom_op("torch_lazy_ext_test_randomness::meanwhile", mutates_args=())
+        def meanwhile(x: torch.Tensor) -> torch.Tensor:
+            if threads_seed.pop():
+                pool.submit(torch.default_generator.manual_seed, 77).result()
+            threads_seed.append(False)
+            return x.clone()
+
+        @meanwhile.register_fake
+        def _(x: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(x)
+
+        def program(x: torch.Tensor) -> torch.Tensor:
+            y = meanwhile(x + torch.rand(2))
+            return y * 2 if y.sum() > 100 else y
+
+        for seeded in (False, True):
+            with self.subTest(seeded=seeded):
+                want = 77 if seeded else 5
+                torch.manual_seed(5)
+                threads_seed[:] = [seeded]
+                graph = extract_compiled_graph(program, (torch.ones(2),))
+                self.assertEqual(torch.initial_seed(), want)
+                graph(torch.ones(2))
+                torch.manual_seed(5)
+                threads_seed[:] = [seeded]
+                result = graph(torch.full((2,), 100.0))
+                self.assertEqual(torch.initial_seed(), want)
+                if not seeded:
+                    torch.manual_seed(5)
+                    self.assertTrue(torch.equal(result, program(torch.full((2,), 100.0))))
+
+    def test_own_seed_is_put_back(self) -> None:
+        """A graph that seeds by itself, and a call of it in vain."""
+
+        def program(x: torch.Tensor) -> torch.Tensor:
+            y = x + torch.rand(2)
+            torch.manual_seed(9)
+            y = y + torch.rand(2)
+            return y * 2 if y.sum() > 100 else y
+
+        torch.manual_seed(5)
+        graph = extract_compiled_graph(program, (torch.ones(2),))
+        self.assertEqual(torch.initial_seed(), 5)
+        graph(torch.ones(2))
+        for x in (torch.full((2,), 100.0), torch.ones(2)):
+            torch.manual_seed(6)
+            want = program(x)
+            torch.manual_seed(6)
+            self.assertTrue(torch.equal(graph(x), want))
+
 
 class GeneratorTest(unittest.TestCase):
     """A Generator argument is honoured: its state is drawn from, and moves as in eager."""

@@ -33,6 +33,7 @@ REPLACED = (
     (r"\b(set|frozenset)\b(?! *[\[(])", r"\1[typing.Any]"),
     (r"collections\.abc\.Callable(?!\[)", "collections.abc.Callable[..., typing.Any]"),
     (r"\*args, \*\*kwargs", "*args: typing.Any, **kwargs: typing.Any"),
+    (r"\*args\)", "*args: object)"),
     (r"(def \w+\([^)]*\)):", r"\1 -> typing.Any:"),
     (r"def __eq__\(self, arg0: \w+\)", "def __eq__(self, arg0: object)"),
     (

@@ -1,12 +1,17 @@
-"""Run test files with the extension under AddressSanitizer.
+"""Run test files with the extension under AddressSanitizer, or with assertions on.
 
     python tools/testing/sanitize.py
     python tools/testing/sanitize.py lazy/test_mutation lazy/test_state
+    python tools/testing/sanitize.py --assertions
 
 Builds a second copy of the package, instrumented, in `build/sanitized` (once; afterwards only what
 has changed), and runs each file in a process of its own on that copy. The first bad access to
 memory ends a file with AddressSanitizer's report, which names the functions; torch itself is not
 instrumented. Needs GCC's or Clang's sanitizer library (Debian: libasan, part of g++).
+
+With `--assertions`, the copy in `build/asserted` has those of pybind11, that the GIL is held where
+the references to an object are counted, those of torch's headers that a release leaves out, and
+those of the C++ library.
 """
 
 import argparse
@@ -20,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitized"
 FLAG = "-fsanitize=address"
+ASSERTED = ROOT / "build" / "asserted"
+ASSERTIONS = "-UNDEBUG -DPYBIND11_ASSERT_GIL_HELD_INCREF_DECREF -D_GLIBCXX_ASSERTIONS"
 # What goes through each part of the extension, in a few minutes.
 DEFAULT_TESTS = (
     "lazy/test_extract_compiled_graph",
@@ -47,9 +54,12 @@ def library(name: str) -> str:
     return found
 
 
-def environment() -> dict[str, str]:
+def environment(assertions: bool = False) -> dict[str, str]:
     """In which Python imports the instrumented copy, and AddressSanitizer is loaded first."""
-    (package,) = BUILD.glob(f"lib.{sysconfig.get_platform()}-*")
+    folder = ASSERTED if assertions else BUILD
+    (package,) = folder.glob(f"lib.{sysconfig.get_platform()}-*")
+    if assertions:
+        return {**os.environ, "PYTHONPATH": str(package)}
     return {
         **os.environ,
         # libstdc++ too, or AddressSanitizer finds no `__cxa_throw` to stand in for.
@@ -62,40 +72,45 @@ def environment() -> dict[str, str]:
     }
 
 
-def build() -> None:
+def build(assertions: bool = False) -> None:
     """Build the instrumented copy.
 
     Raises:
         CalledProcessError: it does not compile.
     """
-    flags = f"{FLAG} -fno-omit-frame-pointer"
+    flags = {"CFLAGS": f"{FLAG} -fno-omit-frame-pointer", "LDFLAGS": FLAG}
+    if assertions:
+        flags = {"CFLAGS": ASSERTIONS}
+    folder = ASSERTED if assertions else BUILD
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-base", str(BUILD)],
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder)],
         cwd=ROOT,
-        env={**os.environ, "CFLAGS": flags, "LDFLAGS": FLAG},
+        env={**os.environ, **flags},
         check=True,
     )
 
 
-def run(name: str) -> int:
+def run(name: str, assertions: bool = False) -> int:
     """Run one test file on the instrumented copy; its exit status."""
     file = ROOT / "test" / f"{name}.py"
     return subprocess.run(
-        [sys.executable, str(file)], cwd=file.parent, env=environment()
+        [sys.executable, str(file)], cwd=file.parent, env=environment(assertions)
     ).returncode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assertions", action="store_true", help="instead of AddressSanitizer")
     parser.add_argument("tests", nargs="*", default=DEFAULT_TESTS, metavar="TEST")
     options = parser.parse_args()
-    build()
+    build(options.assertions)
     failed = []
     for name in options.tests:
         print(f"{name}:", flush=True)
-        if run(name):
+        if run(name, options.assertions):
             failed.append(name)
-    sys.exit(f"failed under AddressSanitizer: {', '.join(failed)}" if failed else 0)
+    under = "with assertions" if options.assertions else "under AddressSanitizer"
+    sys.exit(f"failed {under}: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 #include "call.h"
 
 #include "autograd.h"
+#include "generators.h"
+#include "interrupts.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/CPUAllocator.h>
@@ -85,9 +87,13 @@ py::list Call::containers() {
 
 // ------------------------------------------------------------------- setting up
 
-void Variant::set_arguments(const py::object& spec, const py::list& leaves, Placement read) {
+void Variant::set_arguments(
+    const py::object& spec,
+    const py::list& leaves,
+    const std::vector<int64_t>& weak,
+    Placement read) {
   Keep k = keep();
-  arguments_.emplace(spec, leaves, read, k);
+  arguments_.emplace(spec, leaves, weak, read, k);
 }
 
 void Variant::set_surroundings(const Surroundings& now, const py::list& function_modes) {
@@ -531,20 +537,20 @@ bool Variant::check(const std::vector<at::Tensor>& values) {
 }
 
 PyObject* Variant::run(PyObject* self, Call& call) {
+  std::optional<Hold> hold;
+  if (whole || !checked) {
+    hold.emplace();
+  }
+  return run_whole(self, call);
+}
+
+PyObject* Variant::run_whole(PyObject* self, Call& call) {
   if (!gather(call)) {
     raise_mismatch(nullptr);
     return nullptr;
   }
-  std::vector<at::Tensor> states;
-  for (const at::Generator& g : generators) {
-    states.push_back(g.get_state());
-  }
-  auto take_back = [&] {
-    for (size_t i = 0; i < generators.size(); ++i) {
-      at::Generator g = generators[i];
-      g.set_state(states[i]);
-    }
-  };
+  RandomStates drawn(generators);
+  auto take_back = [&] { drawn.put_back(); };
   std::vector<at::Tensor> values;
   try {
     if (precheck_) {
@@ -562,7 +568,8 @@ PyObject* Variant::run(PyObject* self, Call& call) {
         return nullptr;
       }
     }
-    if (precheck_ || guards_.empty()) {
+    // A first run may be ended by a signal, while the graph is compiled.
+    if (checked && (precheck_ || guards_.empty())) {
       // The program is going to set them, whatever they are: nothing needs them any more.
       for (int64_t leaf : overwritten) {
         call.tensors[leaf].mutable_grad().reset();
@@ -580,10 +587,10 @@ PyObject* Variant::run(PyObject* self, Call& call) {
     ++misses;
     raise_mismatch(nullptr);
     return nullptr;
-  } catch (const std::exception&) {
+  } catch (const std::exception& e) {
     take_back();
-    if (communicates) {
-      throw; // the others have gone on
+    if (communicates || !is_error(e)) {
+      throw; // the others have gone on; or it is none of the program's errors
     }
     ++misses;
     raise_mismatch(nullptr);
@@ -596,14 +603,22 @@ PyObject* Variant::run(PyObject* self, Call& call) {
   ++hits;
   if (!native_finish_) {
     const py::list containers = call.containers(); // makes kwargs where there are none
-    py::object result = py::handle(self).attr("_finish")(
-        containers,
-        list_of(call.tensors),
-        list_of(values),
-        list_of(states),
-        call.args,
-        call.kwargs);
-    return result.release().ptr();
+    try {
+      py::object result = py::handle(self).attr("_finish")(
+          containers,
+          list_of(call.tensors),
+          list_of(values),
+          list_of(drawn.states()),
+          call.args,
+          call.kwargs);
+      return result.release().ptr();
+    } catch (py::error_already_set&) {
+      if (!whole) {
+        --hits;
+        take_back(); // the handler of a signal has raised, and nothing has happened yet
+      }
+      throw;
+    }
   }
   if (!writes_.empty()) {
     write_back(call, values);
@@ -699,6 +714,8 @@ PyObject* caller_call(PyObject* self, PyObject* args, PyObject* kwargs) {
     return unwrap<Caller>(self)->call(self, args, kwargs);
   } catch (py::error_already_set& e) {
     e.restore();
+  } catch (python_error& e) {
+    e.restore();
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
   }
@@ -729,6 +746,12 @@ PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
       return result;
     }
     py::error_already_set error; // takes Python's error
+    if (is_interrupted(error) && !is_held()) {
+      if (run_handlers() != 0) {
+        throw py::error_already_set();
+      }
+      return serve(self, args, kwargs, Py_None, Py_None); // the call has not begun
+    }
     if (!error.matches(from("torch_lazy_ext._replay", "_HANDLED_ERRORS"))) {
       throw error;
     }
@@ -808,16 +831,20 @@ void bind_call(py::module_& m) {
           })
       .def(
           "_add_function",
-          [](Variant& v, const py::object& function) {
+          [](Variant& v, const py::object& function, bool held) {
             Keep k = v.keep();
-            v.namespaces().function(function, k);
-          })
+            v.namespaces().function(function, held, k);
+          },
+          py::arg("function"),
+          py::arg("held") = true)
       .def(
           "_add_type_of",
-          [](Variant& v, const py::object& object) {
+          [](Variant& v, const py::object& object, bool held) {
             Keep k = v.keep();
-            v.namespaces().type_of(object, k);
-          })
+            v.namespaces().type_of(object, held, k);
+          },
+          py::arg("object"),
+          py::arg("held") = true)
       .def(
           "_add_bases",
           [](Variant& v, const py::object& type) {
@@ -846,6 +873,7 @@ void bind_call(py::module_& m) {
       .def_readwrite("_num_roots", &Variant::num_roots)
       .def_readwrite("_overwritten", &Variant::overwritten)
       .def_readwrite("_communicates", &Variant::communicates)
+      .def_readwrite("_whole", &Variant::whole)
       .def("_lift_fixed", &Variant::lift_fixed)
       .def("_lift_storage", &Variant::lift_storage)
       .def("_lift_gradient", &Variant::lift_gradient)

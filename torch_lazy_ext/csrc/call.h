@@ -85,7 +85,11 @@ class Variant {
   bool communicates = false;
 
   // Setting up, from Python.
-  void set_arguments(const py::object& spec, const py::list& leaves, Placement read);
+  void set_arguments(
+      const py::object& spec,
+      const py::list& leaves,
+      const std::vector<int64_t>& weak,
+      Placement read);
   // Function modes: each mode that is on, or the device that a torch.device(...) makes the
   // default.
   void set_surroundings(const Surroundings& surroundings, const py::list& function_modes);
@@ -133,8 +137,12 @@ class Variant {
 
   std::vector<int64_t> parameters;
   std::vector<at::Generator> generators;
+  // Whether a signal has to wait for the end of a call: half of its effects would have happened, or
+  // the graph runs Python, whose errors may be a handler's.
+  bool whole = false;
 
  private:
+  PyObject* run_whole(PyObject* self, Call& call);
   bool has_function_modes() const;
   bool has_identities(const Arguments& arguments) const;
   bool gather(Call& call);

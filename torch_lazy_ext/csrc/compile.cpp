@@ -1,5 +1,8 @@
 #include "compile.h"
 
+#include "generators.h"
+#include "interrupts.h"
+
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/GradMode.h>
@@ -70,15 +73,17 @@ Attempt::Attempt(std::shared_ptr<Runnable> target, bool draws, PyObject* failed)
 }
 
 Attempt::~Attempt() {
+  if (Py_IsInitialized() == 0) {
+    return; // the end of the process
+  }
   py::gil_scoped_acquire gil;
   Py_DECREF(failed_);
 }
 
 Tensors Attempt::run(const Tensors& inputs) {
-  at::Generator generator = at::detail::getDefaultCPUGenerator();
-  at::Tensor drawn;
+  RandomStates drawn;
   if (draws_) {
-    drawn = generator.get_state();
+    drawn.keep(at::detail::getDefaultCPUGenerator());
   }
   py::object error = py::none();
   try {
@@ -97,9 +102,8 @@ Tensors Attempt::run(const Tensors& inputs) {
         py::module_::import("builtins")
             .attr("RuntimeError")(known == nullptr ? e.what() : known->what_without_backtrace());
   }
-  if (draws_) {
-    generator.set_state(drawn);
-  }
+  drawn.put_back();
+  const Hold whole; // what a handler raises is no error of the graph
   return tensors_of(py::handle(failed_)(list_of(inputs), error));
 }
 
@@ -199,6 +203,9 @@ FrozenProgram::FrozenProgram(
 }
 
 FrozenProgram::~FrozenProgram() {
+  if (Py_IsInitialized() == 0) {
+    return;
+  }
   py::gil_scoped_acquire gil;
   Py_DECREF(changed_);
 }
@@ -217,6 +224,7 @@ Tensors FrozenProgram::run(const Tensors& inputs) {
   if (is_fresh(inputs)) {
     return frozen_->run(inputs);
   }
+  const Hold whole; // what a handler raises is no error of the graph
   return tensors_of(py::handle(changed_)(list_of(inputs)));
 }
 
@@ -225,11 +233,15 @@ PythonProgram::PythonProgram(PyObject* callable) : callable_(callable) {
 }
 
 PythonProgram::~PythonProgram() {
+  if (Py_IsInitialized() == 0) {
+    return;
+  }
   py::gil_scoped_acquire gil;
   Py_DECREF(callable_);
 }
 
 Tensors PythonProgram::run(const Tensors& inputs) {
+  const Hold whole; // what a handler raises is no error of the graph
   return tensors_of(py::handle(callable_)(list_of(inputs)));
 }
 

@@ -1,5 +1,7 @@
 // Stage "record": the boxed fallback through which every operator of a capture goes, and comes
 // again below functionalization.
+#include "generators.h"
+#include "interrupts.h"
 #include "nested.h"
 #include "record.h"
 #include "rehearse.h"
@@ -1043,16 +1045,6 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
   return true;
 }
 
-// Not an interrupt, and not an exit, on its way through an operator.
-bool is_error(const std::exception& e) {
-  const auto* python = dynamic_cast<const python_error*>(&e);
-  if (python == nullptr || python->type == nullptr) {
-    return true;
-  }
-  pybind11::gil_scoped_acquire gil;
-  return PyErr_GivenExceptionMatches(python->type, PyExc_Exception) != 0;
-}
-
 // A real tensor laid out like `value`, with its values, or with zeros.
 at::Tensor stand_in(const at::Tensor& value, bool zeros) {
   int64_t extent = value.numel() == 0 ? 0 : 1;
@@ -1122,26 +1114,24 @@ void raise_as_eager(
   if (!known) {
     return;
   }
-  std::vector<std::pair<at::Generator, at::Tensor>> generators;
-  auto keep = [&](const at::Generator& g) { generators.emplace_back(g, g.get_state()); };
-  keep(at::detail::getDefaultCPUGenerator());
+  RandomStates generators({at::detail::getDefaultCPUGenerator()});
   for (const IValue& v : arguments) {
     if (v.isGenerator()) {
-      keep(v.toGenerator());
+      generators.keep(v.toGenerator());
     }
   }
+  bool exits = false;
   // What the call raises, or nothing.
   auto attempt = [&](Stack* stack) -> std::exception_ptr {
     std::exception_ptr error;
     try {
       StandaloneGuard alone;
       op.callBoxed(stack);
-    } catch (const std::exception&) {
+    } catch (const std::exception& e) {
       error = std::current_exception();
+      exits = exits || !is_error(e);
     }
-    for (auto& [g, state] : generators) {
-      g.set_state(state);
-    }
+    generators.put_back();
     return error;
   };
   const std::exception_ptr error = attempt(&real);
@@ -1152,6 +1142,9 @@ void raise_as_eager(
     throw cannot_be_recorded();
   }
   recorder.eager_raised = true;
+  if (exits) {
+    std::rethrow_exception(error);
+  }
   if (message_of(error) != message_of(attempt(&zeros))) {
     // The program may catch the error, and go on because of it.
     for (auto& [value, expected] : read) {

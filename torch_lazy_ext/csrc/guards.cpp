@@ -8,6 +8,7 @@
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/gil_safe_call_once.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -20,15 +21,19 @@ bool is_unchanged(const std::pair<DictClock, uint64_t>& clock) {
   return clock.second != 0 && clock.first.now() == clock.second;
 }
 
-// A borrowed reference; the owner lives as long as the process.
-PyObject* from(const char* module, const char* name) {
-  py::object found = py::module_::import(module).attr(name);
-  return found.release().ptr();
+// Borrowed references to what lives as long as the process. Not a static of C++, for whose lock
+// another thread would wait with the GIL that the import needs.
+template <class Tag>
+PyObject* once(const char* module, const char* name) {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<PyObject*> found;
+  return found
+      .call_once_and_store_result(
+          [&] { return py::object(py::module_::import(module).attr(name)).release().ptr(); })
+      .get_stored();
 }
 
 PyObject* missing() {
-  static PyObject* object = from("torch_lazy_ext._lift", "MISSING");
-  return object;
+  return once<struct Missing>("torch_lazy_ext._lift", "MISSING");
 }
 
 void throw_if(bool error) {
@@ -47,7 +52,7 @@ PyObject* item(PyObject* dict, PyObject* key) {
 } // namespace
 
 bool is_simple(PyObject* value) {
-  static PyObject* types = from("torch_lazy_ext._tree", "SIMPLE_TYPES");
+  PyObject* types = once<struct SimpleTypes>("torch_lazy_ext._tree", "SIMPLE_TYPES");
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types); ++i) {
     if (PyTuple_GET_ITEM(types, i) == type) {
@@ -69,7 +74,7 @@ bool same(PyObject* a, PyObject* b) {
     throw_if(equal < 0);
     return equal == 1;
   }
-  static PyObject* python = from("torch_lazy_ext._tree", "same");
+  PyObject* python = once<struct Same>("torch_lazy_ext._tree", "same");
   PyObject* result = PyObject_CallFunctionObjArgs(python, a, b, nullptr);
   throw_if(result == nullptr);
   const bool answer = result == Py_True;
@@ -133,6 +138,7 @@ bool Surroundings::operator==(const Surroundings& o) const {
 ArgumentGuard::ArgumentGuard(
     const py::object& spec,
     const py::list& leaves,
+    const std::vector<int64_t>& weak,
     Placement read,
     Keep& keep) {
   // The pair of args and kwargs, which is of our own making.
@@ -149,6 +155,8 @@ ArgumentGuard::ArgumentGuard(
       keep.append(py::type::of(leaf));
     } else {
       guard.value = leaf.ptr();
+      guard.weak =
+          std::find(weak.begin(), weak.end(), static_cast<int64_t>(leaves_.size())) != weak.end();
       keep.append(leaf);
     }
     leaves_.push_back(std::move(guard));
@@ -248,6 +256,9 @@ bool ArgumentGuard::match(const Node& node, PyObject* value, Arguments& argument
   if (node.kind == Kind::Leaf) {
     const Leaf& leaf = leaves_[node.index];
     arguments.leaves.push_back(value);
+    if (leaf.weak) {
+      return PyWeakref_GET_OBJECT(leaf.value) == value;
+    }
     return leaf.tensor ? leaf.tensor->check(value) : same(value, leaf.value);
   }
   if (node.kind == Kind::Again) {
@@ -287,7 +298,7 @@ bool ArgumentGuard::match(const Node& node, PyObject* value, Arguments& argument
       return true;
     }
     default: {
-      static PyObject* parts = from("torch_lazy_ext._tree", "parts");
+      PyObject* parts = once<struct Parts>("torch_lazy_ext._tree", "parts");
       auto taken = py::reinterpret_steal<py::object>(PyObject_CallOneArg(parts, value));
       throw_if(taken.ptr() == nullptr);
       if (taken.is_none()) {
@@ -321,7 +332,7 @@ StateGuard::Dict& StateGuard::watch(PyObject* dict, Keep& keep) {
 }
 
 void StateGuard::add(const py::object& slot, Entry entry, Keep& keep) {
-  static PyObject* plain = from("torch_lazy_ext._lift", "Slot");
+  PyObject* plain = once<struct PlainSlot>("torch_lazy_ext._lift", "Slot");
   const py::object owner = slot.attr("owner");
   const py::object key = slot.attr("key");
   entry.key = key.ptr();

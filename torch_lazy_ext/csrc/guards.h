@@ -77,7 +77,13 @@ class ArgumentGuard {
  public:
   // `spec`: of _tree.flatten; `leaves`: those of the capture, values copied where
   // they can change.
-  ArgumentGuard(const py::object& spec, const py::list& leaves, Placement read, Keep& keep);
+  // weak: positions of leaves that come as weak references to the values themselves.
+  ArgumentGuard(
+      const py::object& spec,
+      const py::list& leaves,
+      const std::vector<int64_t>& weak,
+      Placement read,
+      Keep& keep);
   // `kwargs` may be null. Raises what Python code that takes containers apart raises.
   bool match(PyObject* args, PyObject* kwargs, Arguments& arguments) const;
 
@@ -94,6 +100,7 @@ class ArgumentGuard {
   struct Leaf {
     std::optional<TensorGuard> tensor;
     PyObject* value = nullptr;
+    bool weak = false;
     int64_t first = -1; // the first leaf that is the same tensor
   };
   Node parse(const py::handle& spec, Keep& keep);

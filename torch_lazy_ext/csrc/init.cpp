@@ -2,6 +2,8 @@
 #include "autograd.h"
 #include "call.h"
 #include "compile.h"
+#include "generators.h"
+#include "interrupts.h"
 #include "lower.h"
 #include "methods.h"
 #include "namespaces.h"
@@ -188,7 +190,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "watch",
           [](Recorder& r, const at::Tensor& t, py::function written) {
-            auto call = std::make_shared<py::function>(std::move(written));
+            // The recorder may go where nobody has the GIL.
+            const std::shared_ptr<py::function> call(
+                new py::function(std::move(written)), [](py::function* function) {
+                  py::gil_scoped_acquire gil;
+                  delete function;
+                });
             r.watched[storage_of(t)] = [call] {
               py::gil_scoped_acquire gil;
               (*call)();
@@ -373,6 +380,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("graph", &Program::graph);
+  py::class_<RandomStates>(m, "RandomStates", "States of generators, to be put back.")
+      .def(py::init<const std::vector<at::Generator>&>())
+      .def("put_back", &RandomStates::put_back);
+  m.def("note_seed", &note_seed, "This thread has given a generator another seed, or state.");
+  bind_interrupts(m);
   bind_namespaces(m);
   bind_ran(m);
   bind_call(m);

@@ -182,8 +182,8 @@ void NamespaceGuard::code(
     const py::anyset& skip,
     py::set& found,
     Keep& keep) {
-  static PyObject* builtins = PyModule_GetDict(py::module_::import("builtins").release().ptr());
-  static PyObject* modules = PyImport_GetModuleDict();
+  PyObject* builtins = PyEval_GetBuiltins();
+  PyObject* modules = PyImport_GetModuleDict();
   const py::tuple names = names_of(code.ptr());
   auto field = [&](NameField f) { return py::object(names[static_cast<size_t>(f)]); };
   keep.append(names);
@@ -233,13 +233,13 @@ void NamespaceGuard::code(
   }
 }
 
-void NamespaceGuard::function(const py::object& function, Keep& keep) {
+void NamespaceGuard::function(const py::object& function, bool held, Keep& keep) {
   if (!PyFunction_Check(function.ptr()) || !known_functions_.insert(function.ptr()).second) {
     return;
   }
   auto* f = reinterpret_cast<PyFunctionObject*>(function.ptr());
   for (PyObject* part : {function.ptr(), f->func_code, f->func_defaults, f->func_kwdefaults}) {
-    if (part != nullptr) {
+    if (part != nullptr && (held || part != function.ptr())) {
       keep.append(py::handle(part));
     }
   }
@@ -255,8 +255,10 @@ void NamespaceGuard::function(const py::object& function, Keep& keep) {
   }
 }
 
-void NamespaceGuard::type_of(const py::object& object, Keep& keep) {
-  keep.append(object);
+void NamespaceGuard::type_of(const py::object& object, bool held, Keep& keep) {
+  if (held) {
+    keep.append(object);
+  }
   keep.append(py::type::of(object));
   types_.emplace_back(object.ptr(), Py_TYPE(object.ptr()));
 }

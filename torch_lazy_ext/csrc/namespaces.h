@@ -33,9 +33,10 @@ class NamespaceGuard {
       py::set& found,
       Keep& keep);
   // Code and defaults of the function are as they are now.
-  void function(const py::object& function, Keep& keep);
+  void function(const py::object& function, bool held, Keep& keep);
   // The class of the object, and the bases of a class, are as they are now.
-  void type_of(const py::object& object, Keep& keep);
+  // Not held: where the object has gone, something that is compared earlier tells so.
+  void type_of(const py::object& object, bool held, Keep& keep);
   void bases(const py::object& type, Keep& keep);
   // The set has the items that it has now, in their order.
   void content(const py::anyset& set, Keep& keep);

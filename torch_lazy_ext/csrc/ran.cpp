@@ -3,6 +3,7 @@
 #include "record.h"
 
 #include <frameobject.h>
+#include <pybind11/gil_safe_call_once.h>
 
 // Of the frames of these versions the function is known, and the first argument at once.
 #if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000
@@ -106,7 +107,8 @@ py::tuple make_names(
 }
 
 py::tuple read_names(PyObject* code) {
-  static const Opcodes op;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Opcodes> known;
+  const Opcodes& op = known.call_once_and_store_result([] { return Opcodes(); }).get_stored();
   constexpr int global_shift = PY_VERSION_HEX >= 0x030B0000 ? 1 : 0;
   constexpr int attr_shift = PY_VERSION_HEX >= 0x030C0000 ? 1 : 0;
   const py::bytes text = py::handle(code).attr("co_code");

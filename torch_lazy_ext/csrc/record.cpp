@@ -2,6 +2,8 @@
 
 #include "autograd.h"
 
+#include "generators.h"
+#include "interrupts.h"
 #include "shapes.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -280,6 +282,9 @@ SourceLocation Recorder::current_source() {
     auto it = code_is_library_.find(code);
     if (it == code_is_library_.end()) {
       const char* file = PyUnicode_AsUTF8(code->co_filename);
+      if (file == nullptr) {
+        PyErr_Clear(); // a name that is no text
+      }
       const std::string_view name = file == nullptr ? std::string_view() : std::string_view(file);
       const bool library = name.substr(0, library_prefix_.size()) == library_prefix_ ||
           name.substr(0, own_prefix_.size()) == own_prefix_;
@@ -306,6 +311,9 @@ std::string Recorder::describe(const SourceLocation& source) const {
   }
   pybind11::gil_scoped_acquire gil;
   const char* file = PyUnicode_AsUTF8(source.code->co_filename);
+  if (file == nullptr) {
+    PyErr_Clear();
+  }
   return std::string(file == nullptr ? "?" : file) + ":" + std::to_string(source.line);
 }
 
@@ -695,19 +703,17 @@ at::Tensor Recorder::materialize(ValueRef value) {
   const std::vector<char> needed = needed_for(value.node);
   StandaloneGuard alone;
   // The user's generators stay as they are: the capture has its own copy of each.
-  std::vector<std::pair<at::Generator, at::Tensor>> users;
+  RandomStates users;
   for (int64_t i = 0; i <= value.node; ++i) {
     if (needed[i] == 0 || !node(i).random()) {
       continue;
     }
     at::Generator g = generator_of(*node(i).call);
-    const bool known =
-        std::any_of(users.begin(), users.end(), [&](const auto& u) { return u.first == g; });
-    if (!known) {
-      users.emplace_back(g, g.get_state());
+    if (users.keep(g)) {
       auto ours = rng_states_.find(g.unsafeGetGeneratorImpl());
       if (ours != rng_states_.end()) {
         g.set_state(ours->second);
+        note_seed(g);
       }
     }
   }
@@ -721,10 +727,10 @@ at::Tensor Recorder::materialize(ValueRef value) {
   } catch (...) {
     error = std::current_exception();
   }
-  for (auto& [g, state] : users) {
+  for (const at::Generator& g : users.generators()) {
     rng_states_[g.unsafeGetGeneratorImpl()] = g.get_state();
-    g.set_state(state);
   }
+  users.put_back();
   if (error) {
     std::rethrow_exception(error);
   }
@@ -1149,6 +1155,9 @@ std::optional<Outputs> Recorder::infer(const OperatorCall& call, c10::Device dev
     call.op.callBoxed(&stack);
     results = std::move(stack);
   } catch (const std::exception& e) {
+    if (!is_error(e)) {
+      throw;
+    }
     // No meta kernel, or the program's own mistake: the real operator decides, and
     // an error of the program leaves as the operator's own exception.
     inference_failed_ = !is_not_implemented(e);
@@ -1174,6 +1183,9 @@ std::string Recorder::error_on_zeros(const OperatorCall& call) {
   try {
     call.op.callBoxed(&stack);
   } catch (const std::exception& e) {
+    if (!is_error(e)) {
+      throw;
+    }
     return message_of(e);
   }
   return "";
@@ -1205,6 +1217,9 @@ Outputs Recorder::observe(const OperatorCall& call, c10::Device device) {
       results = run(call);
     } catch (const std::exception& e) {
       eager_raised = true;
+      if (!is_error(e)) {
+        throw;
+      }
       // The program may catch the error, and go on because of it. What shape inference and
       // zeros run into too depends on no values.
       if (!inference_failed_ || message_of(e) != error_on_zeros(call)) {

@@ -1,5 +1,7 @@
 #include "rehearse.h"
 
+#include "generators.h"
+
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/Functions.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -278,19 +280,13 @@ void rehearse(Recorder& recorder, const c10::OperatorHandle& op, const Stack& st
   }
   bool order_matters = in_part;
   if (own && (!random || resizes)) {
-    std::vector<std::pair<at::Generator, at::Tensor>> generators;
-    auto keep = [&](const at::Generator& g) { generators.emplace_back(g, g.get_state()); };
-    keep(at::detail::getDefaultCPUGenerator());
+    RandomStates generators({at::detail::getDefaultCPUGenerator()});
     for (size_t i = begin; i < stack.size(); ++i) {
       if (stack[i].isGenerator()) {
-        keep(stack[i].toGenerator());
+        generators.keep(stack[i].toGenerator());
       }
     }
-    auto put_back = c10::make_scope_exit([&]() {
-      for (auto& [g, state] : generators) {
-        g.set_state(state);
-      }
-    });
+    auto put_back = c10::make_scope_exit([&]() { generators.put_back(); });
     // Eager gives a tensor its new shape in place, and views go on seeing the old one.
     auto check_sizes = [&](const std::vector<at::Tensor>& now, bool failed) {
       for (size_t k = 0; now.size() == written.size() && k < now.size(); ++k) {
