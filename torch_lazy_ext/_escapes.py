@@ -24,7 +24,6 @@ from torch_lazy_ext._code import Ran
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 
-
 PATIENCE = 2.0  # seconds that a capture waits for those of other threads
 
 
@@ -135,7 +134,7 @@ class Since:
 
 
 def _collect() -> None:
-    """`gc.collect()`, which does nothing while another thread is at it, and has let this one run."""
+    """`gc.collect()`, which does nothing while another thread collects and has let this one run."""
     done = _collections()
     while gc.collect() == 0 and _collections() == done:
         time.sleep(0)
