@@ -116,9 +116,11 @@ class Ran:
         dynamic: whether attributes may have been read that no code names.
         goes_through: whether all parameters, buffers or children of a module were read.
         props: the settings that were read or written as attributes of `torch.backends`.
+        variables: the names of environment variables that it asked for, as the system has them.
     """
 
-    def __init__(self, noted: _C.Ran) -> None:
+    def __init__(self, noted: _C.Ran, variables: set[bytes]) -> None:
+        self.variables = variables
         self.entries = [Entry(*e) for e in noted.entries]
         # The methods of a class that the program has made: nothing outside can change it.
         self.entries = [

@@ -156,6 +156,8 @@ class AliveSlot(Slot):
 
 
 ENVIRONMENT = type(os.environ)
+# By strings and, where the system has bytes, by these; both have one content.
+ENVIRONMENTS: tuple[Any, ...] = (os.environ, *([os.environb] if os.supports_bytes_environ else []))
 # Containers whose content is a list of items, and that have no attributes of their own.
 PLAIN_CONTENTS = (set, bytearray, array.array)
 # Classes of the standard library whose instances keep what a program puts into them in attributes.

@@ -36,6 +36,11 @@ MADE_LATER = frozenset({"__slotnames__", "__annotations__", "__annotations_cache
 # What an attention looks at when it chooses its kernel, which is recorded.
 ATTENTION = ("_get_flash_sdp_enabled", "_get_math_sdp_enabled", "_get_mem_efficient_sdp_enabled")
 SETTINGS |= frozenset(ATTENTION)
+# Methods of `os.environ` that look at no variable but at what `encodekey` is given.
+_BY_NAME = frozenset(
+    {"__contains__", "__delitem__", "__getitem__", "__setitem__", "get", "pop", "setdefault"}
+    | {"update"}
+)
 
 
 def guard(
@@ -186,9 +191,21 @@ def _guard_code(
             if base not in done:
                 done.add(base)
                 variant._add_names(base, ran.names, MADE_LATER | ran.counts_of(base))
-    if any(entry.first is _lift.ENVIRONMENT for entry in ran.entries):
-        environment: Any = os.environ
-        content: dict[Any, Any] = environment._data
+    _guard_environment(variant, ran, relied)
+
+
+def _guard_environment(variant: _C.Variant, ran: _code.Ran, relied: Relied) -> None:
+    """Guards on the variables that were asked for by name, or on all of them."""
+    environment: Any = os.environ
+    content: dict[Any, Any] = environment._data
+    methods = {e.code.co_name for e in ran.entries if e.first is _lift.ENVIRONMENT}
+    if methods <= _BY_NAME:
+        for key in sorted(ran.variables):
+            slot = _lift.Slot(content, key, "os.environ")
+            variant._add_value(slot, slot.read())
+            text = repr(environment[name]) if (name := os.fsdecode(key)) in environment else "unset"
+            relied.settings.append((f"os.environ[{name!r}]", text))
+    else:
         variant._add_size(content, len(content))
         for key, setting in content.items():
             variant._add_value(_lift.Slot(content, key, "os.environ"), setting)

@@ -65,6 +65,7 @@ class Capture:
         ran_backward: whether the program called `backward()`.
         autograd: what autograd keeps of tensors.
         generators: the generators that the program was given or made.
+        variables: the names of environment variables that were asked for, as the system has them.
         creations: the state that steps of optimizers made.
     """
 
@@ -90,6 +91,7 @@ class Capture:
         self._rng_states: list[tuple[torch.Tensor, int]] = []  # handed out, numbers drawn so far
         self._furthest = 0  # how many were drawn before the state was put back
         self.generators = _generators.Generators(recorder)
+        self.variables: set[bytes] = set()
         self._resumed = False
         self.moving = _moving.Moving(self.refusal, _ASKED)
         self.arrays = Arrays()
@@ -328,6 +330,11 @@ class Capture:
         if all(a is b for a, b in zip((*args, *kwargs.values()), (*twins, *named.values()))):
             return NotImplemented  # the second time
         return func.__get__(None, function)(*twins, **named)
+
+    def variable(self, func: Any, name: Any) -> bytes:
+        encoded: bytes = func(name)
+        self.variables.add(encoded)
+        return encoded
 
     def manual_seed(self, func: Any, seed: Any) -> torch.Generator:
         return self.generators.stand_in(_generators.DEFAULT).manual_seed(int(seed))
@@ -902,6 +909,8 @@ def _install() -> None:
         replace(torch, name, function)
     for owner, name, _original, new in _MOVING:
         replace(owner, name, new)
+    for environment in _lift.ENVIRONMENTS:
+        replace(environment, "encodekey", _function(environment.encodekey, Capture.variable))
     replace(torch, "Generator", _Generator)
     replace(torch, "__getattr__", _attribute(torch.__getattr__))
     replace(torch, "default_generator", None)
@@ -1256,7 +1265,7 @@ def _record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
-    recording.ran = _code.Ran(noted)
+    recording.ran = _code.Ran(noted, capture.variables)
     del noted, context, variables
     if drawn:
         recorder.release()

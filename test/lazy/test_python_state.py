@@ -732,6 +732,67 @@ def setting_of_a_backend():
 
 
 @row
+def environment_in_bytes():
+    os.environb[b"SCALE_OF_A_TEST"] = b"2"
+
+    def f(x):
+        return x * int(os.environb[b"SCALE_OF_A_TEST"])
+
+    return f, lambda: os.environ.update(SCALE_OF_A_TEST="5"), "os.environ['SCALE_OF_A_TEST'] = '2'"
+
+
+@row
+def environment_that_has_a_variable():
+    os.environ.pop("SCALE_OF_A_TEST", None)
+
+    def f(x):
+        return x * (2 if "SCALE_OF_A_TEST" in os.environ else 5)
+
+    return f, lambda: os.environ.update(SCALE_OF_A_TEST=""), "os.environ['SCALE_OF_A_TEST'] = unset"
+
+
+@row
+def environment_in_a_library():
+    os.environ["SCALE_OF_A_TEST"] = "2"
+
+    def f(x):
+        return x * float(os.path.expandvars("${SCALE_OF_A_TEST}.0"))
+
+    return f, lambda: os.environ.update(SCALE_OF_A_TEST="5"), "os.environ['SCALE_OF_A_TEST'] = '2'"
+
+
+@row
+def whole_environment():
+    os.environ.pop("SCALE_OF_A_TEST", None)
+
+    def f(x):
+        return x * sum(name.startswith("SCALE_OF") for name in os.environ)
+
+    return f, lambda: os.environ.update(SCALE_OF_A_TEST="5"), "os.environ = "
+
+
+@row
+def size_of_the_environment():
+    os.environ.pop("SCALE_OF_A_TEST", None)
+    size = len(os.environ)
+
+    def f(x):
+        return x * (len(os.environ) - size)
+
+    return f, lambda: os.environ.update(SCALE_OF_A_TEST="5"), "os.environ = "
+
+
+@row
+def copy_of_the_environment():
+    os.environ.pop("SCALE_OF_A_TEST", None)
+
+    def f(x):
+        return x * float({**os.environ}.get("SCALE_OF_A_TEST", "2"))
+
+    return f, lambda: os.environ.update(SCALE_OF_A_TEST="5"), "os.environ = "
+
+
+@row
 def precision_of_products():
     def f(x):
         return x * (2 if torch.get_float32_matmul_precision() == "highest" else 5)
@@ -858,6 +919,14 @@ def attribute_of_torch():
 @unrelated
 def environment_that_nobody_reads():
     return nn.Linear(2, 2), lambda: os.environ.update(SCALE_OF_A_TEST="5")
+
+
+@unrelated
+def environment_variable_that_another_is_beside():
+    def f(x):
+        return x * float(os.getenv("OFFSET_OF_A_TEST", "2"))
+
+    return f, lambda: os.environ.update(SCALE_OF_A_TEST="5")
 
 
 @unrelated
