@@ -24,6 +24,10 @@ from torch_lazy_ext._code import Ran
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
 
+# Python 3.12 itself sets aside what it has made immortal, some hundreds; `gc.freeze` sets aside all
+# that there is, which is thousands before anything is imported.
+FROZEN_BY_PYTHON = 1000
+
 PATIENCE = 2.0  # seconds that a capture waits for those of other threads
 
 
@@ -59,7 +63,7 @@ class Since:
         self._has_turn = Since._turn.acquire(timeout=PATIENCE)
         with Since._lock:
             if not Since._all:
-                Since._freezes = gc.get_freeze_count() == 0
+                Since._freezes = gc.get_freeze_count() < FROZEN_BY_PYTHON
                 Since._rests = not Since._freezes and gc.isenabled()
                 if Since._rests:
                     gc.disable()
