@@ -169,7 +169,7 @@ class Compiler:
         if self.backend == "inductor":
             self._compile(_here, graph, frozen, threads, place)
             return
-        _in_background(lambda: self._compile(_elsewhere, graph, frozen, threads, place))
+        _Background(lambda: self._compile(_elsewhere, graph, frozen, threads, place)).start()
 
     def _compile(
         self,
@@ -413,30 +413,52 @@ def _here(module: fx.GraphModule, frozen: dict[int, torch.Tensor], threads: int)
     return _inductor.compile(module, frozen, threads)
 
 
-def _in_background(work: Callable[[], None]) -> None:
-    """Run `work` in a thread that does not hold up the end of the process."""
+class _Background(threading.Thread):
+    """A thread that does not hold up the end of the process, and waits for another process."""
 
-    def run() -> None:
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(name="torch_lazy_ext: waits for the compiler", daemon=True)
+        self._work = work
+        self._starting = threading.Lock()
+        self._ended = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        # Here, and for all that the thread will do: what a thread registers while the process is
+        # about to end may be too late.
+        atexit.register(self._end)
+        super().start()
+
+    def run(self) -> None:
         try:
-            work()
+            self._work()
         finally:
-            atexit.unregister(stop)
+            atexit.unregister(self._end)
 
-    thread = threading.Thread(
-        target=run, name="torch_lazy_ext: waits for the compiler", daemon=True
-    )
-    stop = functools.partial(_stop, thread)
-    atexit.register(stop)
-    thread.start()
+    def wait_for(self, command: list[str]) -> int:
+        """Run a command to its end, which is the end of this process at the latest; its status."""
+        with self._starting:
+            if self._ended:
+                raise SystemExit
+            process = self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # closed when this process ends, however it does
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        return process.wait()
 
-
-def _stop(thread: threading.Thread) -> None:
-    """End a thread by an exception: one that ends in the middle of C++ takes the process along."""
-    if thread.is_alive() and thread.ident is not None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
-        )
-        thread.join(timeout=5)
+    def _end(self) -> None:
+        """End it by an exception: one that ends in the middle of C++ takes the process along."""
+        with self._starting:
+            self._ended = True
+            if self._process is not None:
+                self._process.kill()
+        if self.is_alive() and self.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit)
+            )
+            self.join(timeout=5)
 
 
 # It looks for packages where this process does: not first in the folder that it is started in.
@@ -449,29 +471,18 @@ _START_WORKER = (
 def _elsewhere(
     module: fx.GraphModule, frozen: dict[int, torch.Tensor], threads: int
 ) -> _native.Code:
-    """Compile in another process. It ends with this one, whatever it is doing then."""
+    """Compile in another process. It ends with this one, whatever it is doing then.
+
+    Called in a `_Background`.
+    """
+    thread = threading.current_thread()
+    assert isinstance(thread, _Background)
     _native.check_suitable(module)  # not worth a process
     with tempfile.TemporaryDirectory() as folder:
         request, answer = os.path.join(folder, "request"), os.path.join(folder, "answer")
         torch.save((_fx.dump(module), frozen, threads), request)
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                _START_WORKER,
-                json.dumps([*map(str, sys.path)]),
-                request,
-                answer,
-            ],
-            stdin=subprocess.PIPE,  # closed when this process ends, however it does
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        atexit.register(process.kill)  # runs before the end of this thread, which waits here
-        try:
-            status = process.wait()
-        finally:
-            atexit.unregister(process.kill)
+        path = json.dumps([*map(str, sys.path)])
+        status = thread.wait_for([sys.executable, "-c", _START_WORKER, path, request, answer])
         if status != 0:
             raise RuntimeError(f"its process ended with status {status}")
         code: _native.Code | str = torch.load(answer, weights_only=False)

@@ -855,13 +855,27 @@ class TieredTest(unittest.TestCase):
     @needs_inductor
     def test_exit_while_compiling(self) -> None:
         """The end of the process neither waits for the compiler nor crashes."""
+        self.exit_while_compiling("")
+
+    def test_exit_while_the_compiler_starts(self) -> None:
+        """This process ends before it knows that the other one has begun."""
+        self.exit_while_compiling(
+            "import subprocess\n"
+            "class Slow(subprocess.Popen):\n"
+            "    def __init__(self, *args, **kwargs):\n"
+            "        super().__init__(*args, **kwargs)\n"
+            "        time.sleep(1)\n"
+            "subprocess.Popen = Slow\n"
+        )
+
+    def exit_while_compiling(self, prepare: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             compiler = pathlib.Path(folder, "compiler")
             compiler.write_text(f"#!/bin/sh\necho $$ > '{folder}/pid'\nexec sleep 100000\n")
             compiler.chmod(0o755)
             script = (
                 "import os, sys, time, torch, torch_lazy_ext as t\n"
-                f"sys.executable = {str(compiler)!r}\n"  # as if it took a day
+                f"{prepare}sys.executable = {str(compiler)!r}\n"  # as if it took a day
                 "graph = t.extract_compiled_graph(lambda x: x.sin(), (torch.ones(3),),"
                 " backend='tiered')\n"
                 "graph(torch.ones(3))\n"
