@@ -64,7 +64,7 @@ KERNELS = {
     "fmax": "the other one of two zeros",
     "fmin": "the other one of two zeros",
     "fmod": "NaN, by place in the tensor, where the quotient is large",
-    "gelu": "an infinity where eager's kernel has NaN, or the reverse, by processor",
+    "gelu": "another infinity or NaN than the kernel that eager takes for this layout",
     "gelu_backward": "an infinity where eager's kernel has NaN, or the reverse, by processor",
     "hardswish_backward": "a number where the operand is NaN",
     "lerp": "another infinity or zero where a product over- or underflows",
@@ -174,12 +174,63 @@ def _softmax_backward(
     return ((gradient - (gradient * y).sum(dim, keepdim=True)) * y).to(dtype)
 
 
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
+    """Of eager's kernels, the one that a tensor meets depends on how it lies in memory, and they
+    differ at both ends: so eager is asked what it has there, and the formula is put right. Where it
+    gives one number in two ways, or in a way that is not known, its kernel stays."""
+    if x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+        return NotImplemented
+    largest, step = torch.finfo(x.dtype).max, torch.finfo(x.dtype).eps
+    half = largest / 2
+    above = half * (1 + step)
+    known = _eager_at((math.inf, -math.inf, largest, above, half, -largest), x, approximate)
+    if known is None or not math.isfinite(known[half]) or str(known[-largest]) != "-0.0":
+        return NotImplemented
+    # x + x * erf(...) overflows, and x * (1 + erf(...)) does not.
+    overflows = math.isinf(known[largest])
+    if overflows != math.isinf(known[above]):
+        return NotImplemented
+    if approximate == "tanh":
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
+        result = 0.5 * x * (1 + torch.tanh(inner))
+    else:
+        result = x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    if overflows:
+        result = torch.where(x > half, math.inf, result)
+    if known[math.inf] != math.inf:
+        result = torch.where(x == math.inf, known[math.inf], result)
+    if not math.isnan(known[-math.inf]):
+        result = torch.where(x == -math.inf, known[-math.inf], result)
+    return result
+
+
+def _eager_at(
+    values: tuple[float, ...], like: torch.Tensor, approximate: str
+) -> dict[float, float] | None:
+    """What eager's `gelu` has for each of `values`, all over a tensor of the given layout.
+
+    Returns:
+        None where it is not the same all over.
+    """
+    known: dict[float, float] = {}
+    with torch.utils._python_dispatch._disable_current_modes():
+        probe = torch.empty_strided(tuple(like.shape), tuple(like.stride()), dtype=like.dtype)
+        for value in values:
+            found = aten.gelu(probe.fill_(value), approximate=approximate).flatten()
+            same = (found == found[0]) & (found.signbit() == found[0].signbit())
+            if not bool((same | found.isnan() & found[0].isnan()).all()):
+                return None
+            known[value] = found[0].item()
+    return known
+
+
 # Overload -> its formula in eager's kernel, in operators whose code is exact.
 FORMULAS: dict[Overload, Callable[..., Any]] = {
     aten._log_softmax.default: _log_softmax,
     aten._softmax.default: _softmax,
     aten._softmax_backward_data.default: _softmax_backward,
     aten.clamp.default: _clamp,
+    aten.gelu.default: _gelu,
     aten.clamp_min.default: _clamp_min,
     aten.clamp_max.default: _clamp_max,
     aten.addcdiv.default: _addcdiv,

@@ -266,6 +266,14 @@ POINTWISE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "relu": lambda x, y: [F.relu(x), F.relu6(x), F.hardtanh(x), F.threshold(x, 0, -0.0)],
     "leaky": lambda x, y: [F.leaky_relu(x), F.elu(x), F.celu(x), F.selu(x), F.softshrink(x)],
     "gelu": lambda x, y: [F.gelu(x), F.gelu(x, approximate="tanh"), F.silu(x), F.mish(x)],
+    # By another kernel: not one after another in memory.
+    "gelu_apart": lambda x, y: [
+        F.gelu(torch.stack([x, y], 1)[:, 0]),
+        F.gelu(torch.stack([x, y], 1)[:, 1], approximate="tanh"),
+        F.gelu(torch.stack([x, y]).t())[:, 0],
+        F.gelu(x[0]).expand_as(x),
+        F.gelu(x[:1].expand_as(x)) + 0.0,
+    ],
     "hard": lambda x, y: [F.hardswish(x), F.hardsigmoid(x), F.hardshrink(x), F.softsign(x)],
     "sigmoid": lambda x, y: [torch.sigmoid(x), torch.tanh(x), F.logsigmoid(x), F.softplus(x)],
     "exponentials": lambda x, y: [x.exp(), x.expm1(), x.exp2(), x.log(), x.log1p(), x.log2()],
