@@ -45,6 +45,7 @@ __all__: list[str] = [
     "hooks_of",
     "is_capture_tensor",
     "is_held",
+    "is_hooked",
     "lower",
     "names_of",
     "names_within",
@@ -72,6 +73,10 @@ class ValueRef:
 
 class ViewSequence:
     def __len__(self) -> int: ...
+    def after(self, arg0: ViewSequence) -> ViewSequence | None:
+        """
+        What follows on `first`, which it begins with; None where it does not.
+        """
     def apply(self, arg0: torch.Tensor) -> torch.Tensor:
         """
         The view of `base`, a real tensor, that this sequence leads to.
@@ -295,7 +300,8 @@ class Variant:
         arg0: typing.Any,
         arg1: list[typing.Any],
         arg2: collections.abc.Sequence[int],
-        arg3: Placement,
+        arg3: typing.Any,
+        arg4: Placement,
     ) -> None: ...
     def _set_identities(
         self,
@@ -471,6 +477,11 @@ def is_capture_tensor(arg0: torch.Tensor) -> bool: ...
 def is_held() -> bool:
     """
     Whether a Hold is entered in this thread.
+    """
+
+def is_hooked(arg0: torch.Tensor, arg1: torch.Tensor) -> bool:
+    """
+    Whether there are hooks in the history that a view has beyond that of its base.
     """
 
 def lower(

@@ -68,6 +68,22 @@ def leads_to(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return False
 
 
+def function_of(tensor: torch.Tensor) -> Any:
+    """The function that a tensor of the capture is a result of; None for a view that autograd
+    forbids to use, since it was made in another mode than what it is a view of was written to.
+    """
+    try:
+        return _grad_fn(tensor)
+    except RuntimeError:
+        return None
+
+
+def drop_hooks(tensor: torch.Tensor) -> None:
+    """Take its hooks from a tensor of the capture."""
+    _C.drop_hooks(tensor)
+    _set_hooks_after(tensor, None)
+
+
 class Hooked:
     """A tensor of the user's with hooks, or whose hooks the program may come by.
 
@@ -119,8 +135,7 @@ class Hooked:
 
     def drop(self) -> None:
         """Take the hooks from the twin: from now on those of the user's tensor are called."""
-        _C.drop_hooks(self.twin)
-        _set_hooks_after(self.twin, None)
+        drop_hooks(self.twin)
 
     def restore(self) -> bool:
         """Put the hooks of the user's tensor back; returns whether any was gone."""
@@ -318,7 +333,7 @@ class Autograd:
             )
         alive = any(handle() is not None for handle in self._handles)
         for _user, name, hook in left:
-            if alive or not self._is_lasting(hook):
+            if alive or not self.is_lasting(hook):
                 raise UnsupportedError(
                     f"the program leaves a hook on a tensor that it was given (torch.Tensor.{name}"
                     f" with {getattr(hook, '__qualname__', type(hook).__name__)}), which belongs "
@@ -327,7 +342,7 @@ class Autograd:
                 )
         return left
 
-    def _is_lasting(self, hook: Any) -> bool:
+    def is_lasting(self, hook: Any) -> bool:
         """Whether a hook is the same one in each run of the program, as far as it can be told."""
         stack, seen = [hook], set()
         while stack:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from torch_lazy_ext import _C, _made, _tree
+from torch_lazy_ext._autograd import function_of
 from torch_lazy_ext._code import Ran
 from torch_lazy_ext._errors import UnsupportedError
 from torch_lazy_ext._moving import Moving
@@ -389,7 +390,7 @@ def _contexts(tensors: list[Any]) -> tuple[list[Any], list[Any]]:
     they all have of the program's hooks for saved tensors.
     """
     seen: set[Any] = set()
-    stack = [t.grad_fn for t in tensors if _is_tensor(t) and t.requires_grad]
+    stack = [function_of(t) for t in tensors if _is_tensor(t) and t.requires_grad]
     held: list[Any] = []
     saved: list[Any] = []
     while stack:

@@ -21,6 +21,10 @@ from torch_lazy_ext._errors import UnsupportedError
 _CAST = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul", "linear"}
 _SCALAR_TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Half"}
 
+# Operators that give something else of a tensor that lies otherwise.
+_UNKNOWN = ("torch_lazy_ext::", "_c10d_functional::")
+_BY_STRIDES = {"aten::as_strided", "aten::_reshape_alias", "aten::as_strided_scatter", "aten::set_"}
+
 # For each differentiation, the positions of the outputs that had a tangent.
 Path = tuple[frozenset[int], ...]
 
@@ -36,6 +40,10 @@ class Backward:
         self._program = compiler.start(self._graph)
         self._first_run = threading.Lock()
         self._compiled = False
+        # Whether it may run on tangents that lie otherwise than they were recorded.
+        self.takes_any_strides = isinstance(self._program, _C.Program) and not any(
+            n.kind() in _BY_STRIDES or n.kind().startswith(_UNKNOWN) for n in lowered.graph.nodes()
+        )
 
     def check(self, recorder: _C.Recorder, values: list[torch.Tensor]) -> bool:
         """Run it operator by operator for some tangents, before anybody has seen a result.
@@ -96,6 +104,19 @@ class Backward:
                     f"{tuple(guard.expected)} when it was captured: call the program itself"
                 )
         return values
+
+    def run_as_they_lie(self, saved: tuple[torch.Tensor, ...], tangents: list[torch.Tensor]) -> Any:
+        """The gradients as eager has them of these tangents, which lie otherwise than recorded.
+
+        Returns:
+            None where the recording holds for its own strides only.
+        """
+        if any(t.is_conj() or t.is_neg() for t in tangents):
+            return None
+        try:
+            return self.run(saved, tangents)
+        except RuntimeError:
+            return None  # a view that these strides do not allow, where eager makes a copy
 
 
 class Derivatives:
@@ -404,17 +425,24 @@ class _Differentiable(torch.autograd.Function):
                 empty = torch.empty_strided(shape, strides, dtype=dtype)
                 tangent = empty.zero_() if tangent is None else empty.copy_(tangent)
             dense.append(tangent)
+        values: Any = None
         if torch.is_grad_enabled():
             values = call.differentiably({k: dense[k] for k in sorted(given)})
         else:
-            values = call.backward.run(saved, dense)
+            present = [t for t in tangents if t is not None]
+            otherwise = any(t is not d for t, d in zip(tangents, dense))
+            if otherwise and call.backward.takes_any_strides and len(present) == len(dense):
+                values = call.backward.run_as_they_lie(saved, present)
+            if values is None:
+                values = call.backward.run(saved, dense)
             mixed = [
                 v
                 for v, reached in zip(values[: lowered.count], lowered.reached)
                 if reached & given and not reached <= given
             ]
-            if _any_nan(mixed):
-                # A zero is not nothing: 0 * inf is NaN.
+            if (mixed and call.path) or _any_nan(mixed):
+                # A zero is not nothing: 0 * inf is NaN, and a second derivative may leave a leaf
+                # without a gradient.
                 values = call.differentiably({k: dense[k] for k in sorted(given)})
         with torch.no_grad():
             for i, k in lowered.written:
@@ -438,20 +466,31 @@ def _any_nan(tensors: list[torch.Tensor]) -> bool:
     return bool(torch.nn.utils.get_total_norm(tensors).isnan())
 
 
-def spend(spent: list[tuple[int, Exception]], values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Let the roots of `spent` raise the error in their backward that eager's raises."""
+def spend(
+    spent: list[tuple[int, Exception, list[int]]],
+    tensors: list[torch.Tensor],
+    values: list[torch.Tensor],
+    made: Sequence[Callable[[], torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Let the roots of `spent` raise the error in their backward that eager's raises.
+
+    Args:
+        tensors, made: what the leaves that this backward leads to are taken from, as in `attach`.
+    """
     if not spent:
         return values
     values = list(values)
-    for root, error in spent:
-        values[root] = _Spent.apply(values[root], anchor(), error)  # type: ignore[no-untyped-call] # PyTorch's own
+    for root, error, keys in spent:
+        leaves = [tensors[i] if i >= 0 else made[~i]() for i in keys]
+        inputs = [leaf for leaf in leaves if leaf.requires_grad] or [anchor()]
+        values[root] = _Spent.apply(values[root], error, *inputs)  # type: ignore[no-untyped-call] # PyTorch's own
     return values
 
 
 class _Spent(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value: torch.Tensor, anchor: torch.Tensor, error: Exception
+        ctx: Any, value: torch.Tensor, error: Exception, *inputs: torch.Tensor
     ) -> torch.Tensor:
         ctx.error = error
         return value.detach()

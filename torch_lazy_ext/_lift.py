@@ -319,6 +319,9 @@ class State:
         for fn in self.bare:
             if vars(fn):
                 changes.extend(_restore_dict(vars(fn), {}))
+        for tensor, _slots in self.tensors.values():
+            if tensor.__dict__ and id(tensor.__dict__) not in self.namespaces:
+                changes.extend(_restore_dict(tensor.__dict__, {}))
         for local, attributes in self.locals:
             for change in list(_restore_dict(vars(local), attributes)):
                 changes.append(Change(local, change.key, change.value))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from torch_lazy_ext import _C, _lift, _made, _tree
-from torch_lazy_ext._autograd import grad_of, set_grad
+from torch_lazy_ext._autograd import drop_hooks, function_of, grad_of, set_grad
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
 from torch_lazy_ext._number import Number
 from torch_lazy_ext._record import Recording, SharedStorage, check_plain
@@ -69,12 +69,18 @@ class FromView:
     Attributes:
         grad_mode: in which the program made it; None where that makes no difference.
         requires_grad: a leaf that the program made so.
+        retains_grad: the program called `retain_grad()`.
+        of_detached: it is a view of the detached base.
+        detached: autograd knows nothing of its being a view.
     """
 
-    base: FromLifted | FromRoot | FromConstant
+    base: FromLifted | FromRoot | FromConstant | FromView
     views: _C.ViewSequence
     grad_mode: bool | None = None
     requires_grad: bool = False
+    retains_grad: bool = False
+    of_detached: bool = False
+    detached: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -328,10 +334,15 @@ class Lowered:
         overwritten: indices of leaves whose gradient the program sets without having looked at it,
             and before anything can fail.
         required: (lifted index, whether): assignments to `tensor.requires_grad`.
-        spent: (root, error): results whose backward raises an error, such as one that it has run.
+        attributes: (lifted index, name, source or MISSING): of tensors, that the program set.
+        attributed: (source of a tensor, {name: source}): attributes of results.
+        spent: (root, error, keys as in `Backward.wrt`): results whose backward raises an error,
+            such as one that it has run, and the leaves that it would lead to.
         made: where a replay takes further leaves of the backwards from: leaves that the program
             makes (None: nobody has it), and results that other results depend on.
         hooks: (lifted index, method, hook): what the program leaves on tensors.
+        hooks_of_made: (source of a leaf, method, hook): and on leaves that it makes.
+        grads_of_made: (source, source of its gradient): what its backward gave these.
         retained: indices of lifted tensors whose gradient the program retains.
         reads_leaf: it matters whether a tensor is a leaf.
         hooked: (lifted index, hooks): of tensors that a backward of the program may come by.
@@ -360,9 +371,13 @@ class Lowered:
     gradients: list[tuple[int, Source]]
     overwritten: list[int]
     required: list[tuple[int, bool]]
-    spent: list[tuple[int, Exception]]
+    attributes: list[tuple[int, str, Any]]
+    attributed: list[tuple[Source, dict[str, Source]]]
+    spent: list[tuple[int, Exception, list[int]]]
     made: list[Source | None]
     hooks: list[tuple[int, str, Any]]
+    hooks_of_made: list[tuple[Source, str, Any]]
+    grads_of_made: list[tuple[Source, Source]]
     retained: list[int]
     reads_leaf: bool
     hooked: list[tuple[int, list[list[Any]]]]
@@ -418,6 +433,14 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             before = None if before is None else recorder.twin_of(before)
         if not seen or grad is not before:
             gradients.append((index, sources.of(grad)))
+    attributes = [
+        (
+            sources.index_of(tensor),
+            key,
+            value if value is _lift.MISSING else sources.of(value),
+        )
+        for tensor, key, value in recording.attributes
+    ]
     lifted = recorder.lifted()
     _check_generators(recording)
     num_results = len(roots.values)
@@ -430,7 +453,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
     _check_sharing(recorder, lifted, writes)
     end = len(recorder)
     backwards: list[Backward] = []
-    spent: list[tuple[int, Exception]] = []
+    spent: list[tuple[int, Exception, list[int]]] = []
     made: list[Source | None] = []
     if sources.differentiable:
         differentiable = sources.differentiable
@@ -484,9 +507,13 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
             if not seen and id(t) in recording.replaced
         ],
         required=[(sources.lifted[id(t)], now) for t, now in recording.required],
+        attributes=attributes,
+        attributed=sources.attributed,
         spent=spent,
         made=made,
         hooks=[(sources.lifted[id(t)], name, hook) for t, name, hook in recording.hooks],
+        hooks_of_made=sources.hooks,
+        grads_of_made=sources.grads,
         retained=[sources.lifted[id(t)] for t in recording.retained],
         reads_leaf=recording.autograd.reads_leaf,
         hooked=[
@@ -721,9 +748,10 @@ def _update(
 
 def _unspent(
     recording: Recording, differentiable: list[tuple[FromRoot, torch.Tensor]]
-) -> tuple[list[tuple[FromRoot, torch.Tensor]], list[tuple[int, Exception]]]:
+) -> tuple[list[tuple[FromRoot, torch.Tensor]], list[tuple[int, Exception, list[int]]]]:
     """Tell results with a backward from those whose backward raises, since it has run already."""
-    leaves = [leaf for leaf in recording.recorder.sources() if leaf is not None]
+    every = recording.recorder.sources()
+    leaves = [leaf for leaf in every if leaf is not None]
     leaves += _made_leaves([leaf for _source, leaf in differentiable], leaves)
     fresh, spent = [], []
     for source, result in differentiable:
@@ -732,7 +760,9 @@ def _unspent(
         except (UnsupportedError, FallbackError):
             raise
         except Exception as e:
-            spent.append((source.root, _bare(e)))
+            paths = _paths([result])
+            keys = [i for i, leaf in enumerate(every) if leaf is not None and id(leaf) in paths]
+            spent.append((source.root, _bare(e), keys))
         else:
             fresh.append((source, result))
     return fresh, spent
@@ -749,7 +779,7 @@ class _History:
         leaves: the leaves that gradients belong to, by index of the lifted tensor, or by ~k.
         made: for each such k, where a replay takes the leaf from; None where nobody has it.
         hidden: the keys of those.
-        aliases: root -> the leaf that it is a view of, and how.
+        aliases: root -> the leaves that it is a view of, and how; the nearest first.
     """
 
     def __init__(
@@ -760,7 +790,6 @@ class _History:
     ) -> None:
         recorder = recording.recorder
         self.by_root = {source.root: leaf for source, leaf in differentiable}
-        self.aliases = sources.aliases
         self.made: list[Source | None] = []
         self.leaves = {i: leaf for i, leaf in enumerate(recorder.sources()) if leaf is not None}
         self.hidden: set[int] = set()
@@ -792,6 +821,16 @@ class _History:
                 self.leaves[~len(self.made)] = stop
                 self.made.append(from_root[root])
                 self._stops.append(stop)
+        key_of = {id(source): ~k for k, source in enumerate(self.made) if source is not None}
+        self.aliases: dict[int, list[tuple[int, _C.ViewSequence]]] = {}
+        for root, aliases in sources.aliases.items():
+            keys = [
+                of if isinstance(of, int) else key_of.get(id(sources.known(of)))
+                for of, _v in aliases
+            ]
+            self.aliases[root] = [
+                (key, views) for key, (_of, views) in zip(keys, aliases) if key is not None
+            ]
 
     def cut(self, outputs: list[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
         """Let the histories of these outputs end at the results that they depend on."""
@@ -900,16 +939,27 @@ def _is_plain_view(leaf: torch.Tensor, base: torch.Tensor) -> bool:
     return function is ends and ends is not None
 
 
+def _leads_nowhere(leaf: torch.Tensor) -> bool:
+    """Whether a history ends at a tensor that gets no gradient."""
+    function = leaf.grad_fn
+    while function is not None and not hasattr(function, "variable"):
+        following = function.next_functions
+        if len(following) != 1 or isinstance(function, torch.autograd.function.BackwardCFunction):
+            return False
+        function = following[0][0]
+    return function is None
+
+
 def _backwards(
     recording: Recording, history: _History, roots: _Roots
-) -> tuple[list[Backward], list[tuple[int, Exception]]]:
+) -> tuple[list[Backward], list[tuple[int, Exception, list[int]]]]:
     """The backwards of results, in an order in which each comes after those that it depends on.
 
     Returns:
-        Them, and (root, error) for results whose backward raises an error.
+        Them, and (root, error, leaves) for results whose backward raises an error.
     """
     backwards: list[Backward] = []
-    spent: list[tuple[int, Exception]] = []
+    spent: list[tuple[int, Exception, list[int]]] = []
     by_root = list(history.by_root.items())
     stack = _components([leaf for _root, leaf in by_root])
     while stack:
@@ -930,7 +980,10 @@ def _backwards(
             raise
         except Exception as e:
             if len(positions) == 1:
-                spent.append((by_root[positions[0]][0], _bare(e)))
+                root, leaf = by_root[positions[0]]
+                paths = _paths([leaf])
+                keys = [i for i, known in history.leaves.items() if id(known) in paths]
+                spent.append((root, _bare(e), keys))
                 continue
             # Each by itself: eager raises only what the way of one result comes to.
             part = [(FromRoot(by_root[k][0]), by_root[k][1]) for k in positions]
@@ -1023,7 +1076,7 @@ def _backward(
     roots: _Roots,
     leaves: dict[int, torch.Tensor],
     hidden: set[int],
-    aliases: dict[int, tuple[int, _C.ViewSequence]] | None = None,
+    aliases: dict[int, list[tuple[int, _C.ViewSequence]]] | None = None,
 ) -> Backward:
     """Record `torch.autograd.grad` after the program, and lower what it adds on its own.
 
@@ -1034,7 +1087,7 @@ def _backward(
         by_root: all roots that get a tangent.
         positions: which of them to differentiate.
         hidden: those of `leaves` that nobody has.
-        aliases: root -> the leaf that it is a view of, and how.
+        aliases: root -> the leaves that it is a view of, and how; the nearest first.
     """
     recorder = recording.recorder
     begin = len(recorder)
@@ -1100,8 +1153,7 @@ def _backward(
         aliases={
             k: (every_leaf.index(leaf), views)
             for k, root in enumerate(outputs)
-            if (found := (aliases or {}).get(root)) is not None
-            for leaf, views in [found]
+            for leaf, views in reversed((aliases or {}).get(root, []))
             if leaf in every_leaf
         },
         reached=[paths[id(leaves[i])] for i in every_leaf],
@@ -1202,6 +1254,11 @@ def _write(
     if constant:
         return []
     about = recorder.describe(twin)
+    if about.storage_changed and twin.requires_grad:
+        raise UnsupportedError(
+            "the program gives a tensor that it was given the memory of one that requires grad "
+            "(torch.Tensor.set_): use copy_, or return a new tensor"
+        )
     if about.storage_changed:
         return [Write(index, None, about.version, about.storage, source=sources.memory_of(twin))]
     meta = None
@@ -1320,6 +1377,10 @@ class _Base:
     taken: bool = False  # a result is the output itself
 
 
+# What a tensor is a view of (the index of a lifted tensor, or a result), and how.
+_Aliases = list[tuple[int | torch.Tensor, _C.ViewSequence]]
+
+
 class _Sources:
     """Says for each object of the program where a replay takes it from."""
 
@@ -1333,7 +1394,10 @@ class _Sources:
         self._generators = recording.generators
         self._known: dict[int, tuple[Any, Source]] = {}  # id -> the object, its source
         self.differentiable: list[tuple[FromRoot, torch.Tensor]] = []
-        self.aliases: dict[int, tuple[int, _C.ViewSequence]] = {}  # of lifted tensors, by root
+        # By root: lifted tensors, or other results, that it is a view of; the nearest first.
+        self.aliases: dict[int, _Aliases] = {}
+        self._of_assigned: set[int] = set()  # ids of views of what is assigned to `.data`
+        self._by_edge: dict[Any, torch.Tensor] = {}  # what custom functions give
         self.lifted = {}  # id of a lifted tensor or its twin -> its index
         for i, (tensor, twin, _constant, _base) in enumerate(self.recorder.lifted()):
             self.lifted[id(tensor)] = self.lifted[id(twin)] = i
@@ -1343,8 +1407,13 @@ class _Sources:
                 self.lifted[id(tensor)] = self.lifted[id(user)]
                 self.assigned[id(tensor)] = value
         self.former: list[Source] = []
+        self.attributed: list[tuple[Source, dict[str, Source]]] = []
+        self.hooks: list[tuple[Source, str, Any]] = []
+        self.grads: list[tuple[Source, Source]] = []
+        self._autograd = recording.autograd
         self.arrays = recording.arrays
         self.reads_offset = False
+        self._held = {id(value): tensor for tensor, value, _user in recording.assigned}
         self._moved = [(tensor, value) for tensor, value, _user in recording.assigned]
         self._bases: dict[int, list[_Base]] = {}  # root -> the objects that are views of it
         self._sharing: dict[int, int] = {}
@@ -1353,7 +1422,20 @@ class _Sources:
         everything += [c.value for c in recording.changes]
         everything += [value for _tensor, value, _user in recording.assigned]
         everything += [grad for _tensor, _before, grad, _seen in recording.gradients]
+        everything += [value for _tensor, _key, value in recording.attributes]
         self._count(everything)
+
+    def index_of(self, tensor: torch.Tensor) -> int:
+        """Of a tensor of the user's, which may have met no operator."""
+        if id(tensor) not in self.lifted:
+            if not self.recorder.is_liftable(tensor):
+                raise UnsupportedError(
+                    f"the program sets an attribute of {_C.unsupported_kind(tensor)}, which a "
+                    "graph cannot hold: set it outside of the program"
+                )
+            self.recorder.lift(tensor)
+            self.lifted[id(tensor)] = self.recorder.describe(tensor).lifted
+        return self.lifted[id(tensor)]
 
     def known(self, value: Any) -> Source | None:
         """The source of an object that was met before."""
@@ -1373,6 +1455,10 @@ class _Sources:
                 about = self.recorder.describe(value)
                 if about.captured:
                     self._sharing[about.storage] = self._sharing.get(about.storage, 0) + 1
+                    self._note_edge(value)
+                    if about.lifted < 0 and (grad := grad_of(value)) is not None:
+                        stack.append(grad)
+                    stack.extend(vars(value).values())
                 continue
             if _tree.is_array(value):
                 shared = self.arrays.of(value)
@@ -1382,6 +1468,12 @@ class _Sources:
             taken = self._taken(value) or _tree.parts(value)
             if taken is not None:
                 stack.extend(taken[1])
+
+    def _note_edge(self, tensor: torch.Tensor) -> None:
+        if tensor.requires_grad and tensor._is_view():
+            function = self.recorder.resumed(lambda: function_of(tensor))
+            if isinstance(function, torch.autograd.function.BackwardCFunction):
+                self._by_edge[function, tensor.output_nr] = tensor
 
     def _taken(self, value: Any) -> _made.Parts | None:
         """The parts of an object that the program made, and that is no plain container."""
@@ -1400,6 +1492,16 @@ class _Sources:
         if isinstance(value, torch.Tensor):
             source = self._tensor(value)
             self._known[id(value)] = (value, source)
+            is_users = isinstance(source, FromLifted) and not source.alias
+            if is_users or isinstance(source, Constant):
+                return source
+            if value.requires_grad and value.is_leaf:
+                self._note_hooks(value, source)
+            if value.requires_grad and (grad := grad_of(value)) is not None:
+                self.grads.append((source, self.of(grad)))
+            if vars(value):
+                attributes = {key: self.of(held) for key, held in vars(value).items()}
+                self.attributed.append((source, attributes))
             return source
         if isinstance(value, Number):
             number = self.recorder.describe(value.node.number)
@@ -1426,6 +1528,27 @@ class _Sources:
             return Constant(value)
         self._known[id(value)] = (value, source)
         return source
+
+    def _note_hooks(self, leaf: torch.Tensor, source: Source) -> None:
+        """Of a leaf that the program makes: they are the caller's, and fire in its backward."""
+        hooks, after, *accumulate = _C.hooks_of(leaf)
+        every = [("register_hook", h) for h in hooks]
+        every += [("register_post_accumulate_grad_hook", h) for h in after]
+        for name, hook in every:
+            if not self._autograd.is_lasting(hook):
+                raise UnsupportedError(
+                    f"the program leaves a hook on a leaf that it makes (torch.Tensor.{name} with "
+                    f"{getattr(hook, '__qualname__', type(hook).__name__)}), which belongs to this "
+                    "one run of it: register it after the call"
+                )
+            self.hooks.append((source, name, hook))
+        if every:
+            drop_hooks(leaf)
+        if any(accumulate):
+            raise UnsupportedError(
+                "the program leaves a hook on the function that accumulates the gradient of a leaf "
+                "that it makes: register it after the call, or use Tensor.register_hook"
+            )
 
     def _generator(self, value: torch.Generator) -> Source:
         generator = self._generators.real(value)
@@ -1510,7 +1633,11 @@ class _Sources:
     def memory_of(self, leaf: torch.Tensor) -> Source:
         """The source of what a tensor holds, also when it is a lifted tensor itself."""
         source = self._memory_of(leaf)
-        owner = source.base if isinstance(source, FromView) else source
+        if id(source) in self._of_assigned:
+            return source  # it comes after the assignment
+        owner = source
+        while isinstance(owner, FromView):
+            owner = owner.base
         relative = isinstance(owner, FromStrided) and owner.relative
         if (
             isinstance(owner, (FromLifted, FromStrided))
@@ -1522,6 +1649,7 @@ class _Sources:
 
     def _memory_of(self, leaf: torch.Tensor) -> Source:
         recorder = self.recorder
+        self._check_history(leaf)
         view = self._view_of_assigned(leaf)
         if view is not None:
             return view
@@ -1540,6 +1668,8 @@ class _Sources:
         elif base >= 0 and lifted[base][3] == base:
             # Of a member, not of the storage as a whole: so it shares the version counter.
             members = [i for i, (*_, group) in enumerate(lifted) if group == base and i != base]
+            if leaf.requires_grad:
+                return self._view_of_member(leaf, members)
             alike = [i for i in members if lifted[i][0].dtype == leaf.dtype]
             return self._strided((alike or members)[0], leaf, not about.shares_version)
         elif base >= 0 and recorder.describe(lifted[base][1]).metadata_mutated:
@@ -1548,29 +1678,58 @@ class _Sources:
             viewed = _viewed(recorder, leaf, lifted[base][0])
             return self._strided(base, viewed, not about.shares_version)
         elif base >= 0 and about.mutated:
-            if not len(about.views):
+            of_base = leaf._base is not None and leaf._base.requires_grad
+            made_so = leaf.requires_grad and leaf.is_leaf and not of_base
+            if not len(about.views) and not made_so:
                 return FromLifted(base, alias=True)
-            return FromView(FromLifted(base, alias=not about.shares_version), about.views)
-        if leaf.requires_grad and leaf._is_view():
-            # Autograd makes the history anew of a view whose base was written to.
-            recorder.resumed(lambda: leaf.grad_fn)
+            return FromView(
+                FromLifted(base, alias=not about.shares_version),
+                about.views,
+                leaf.grad_fn is not None if leaf.requires_grad else None,
+                requires_grad=made_so,
+                of_detached=made_so or (not leaf.requires_grad and lifted[base][0].requires_grad),
+                detached=made_so and leaf._base is None,
+                retains_grad=leaf.retains_grad,
+            )
         differentiable = leaf.requires_grad and leaf.grad_fn is not None
         of_user = base >= 0 and not lifted[base][2] and len(about.views) > 0
         if of_user and leaf.requires_grad and leaf.is_leaf and not about.mutated:
             # Of what requires grad, a view without a history says so, too.
             made_so = leaf._base is None or not leaf._base.requires_grad
-            return FromView(FromLifted(base), about.views, False, made_so)
-        alias_of = None
+            owner = FromLifted(base, alias=not about.shares_version)
+            return FromView(
+                owner,
+                about.views,
+                grad_mode=False,
+                requires_grad=made_so,
+                of_detached=made_so,
+                detached=leaf._base is None,
+            )
+        alias_of: _Aliases = []
         if differentiable and of_user:
             if _is_plain_view(leaf, lifted[base][1]):
                 # Eager's own view of the user's tensor, with eager's gradient.
-                return FromView(FromLifted(base), about.views, grad_mode=True)
+                self._check_hooks(leaf, lifted[base][1])
+                return FromView(
+                    FromLifted(base), about.views, grad_mode=True, retains_grad=leaf.retains_grad
+                )
             if not about.mutated:
-                alias_of = base, about.views
-        elif differentiable:
-            found = self._view_of_result(leaf)
+                found = self._view_of_function(leaf) or self._view_of_leaf(leaf)
+                if found is not None:
+                    return found
+                if _leads_nowhere(leaf):
+                    # A view of one that was taken without grad mode.
+                    without_grad = FromView(FromLifted(base), about.views, grad_mode=False)
+                    nothing = about.views.after(about.views)
+                    assert nothing is not None
+                    return FromView(without_grad, nothing, grad_mode=True)
+                alias_of = [*self._customs_before(leaf), (base, about.views)]
+        elif leaf.requires_grad and leaf._base is not None and leaf._base.requires_grad:
+            found = self._view_of_result(leaf) or self._view_of_function(leaf)
             if found is not None:
                 return found
+            if differentiable:
+                alias_of = self._alias_of_result(leaf)
         if about.mutated and self._sharing.get(about.storage, 0) > 1 and not differentiable:
             whole = self._base(self.roots.add(recorder.base_value(leaf)), leaf)
             if len(about.views) or whole.taken:
@@ -1606,23 +1765,124 @@ class _Sources:
             retains_grad=differentiable and leaf.retains_grad,
         )
         if differentiable:
-            if alias_of is not None:
+            if alias_of:
                 self.aliases[root] = alias_of
             self.differentiable.append((source, leaf))
         return source
 
+    def _check_history(self, leaf: torch.Tensor) -> None:
+        """Bring the history up to date of a view whose base was written to."""
+        if not leaf.requires_grad or not leaf._is_view():
+            return
+        try:
+            self.recorder.resumed(lambda: leaf.grad_fn)
+        except (UnsupportedError, FallbackError):
+            raise
+        except RuntimeError as e:
+            where = self._place_of(leaf)
+            raise UnsupportedError(
+                f"a result is a view (at {where}) that autograd allows nobody to use since what it "
+                "is a view of was written to: make the view and write in one mode, or "
+                f"return a clone. PyTorch says of it: {str(e).splitlines()[0]}"
+            ) from None
+
+    def _views_after(self, leaf: torch.Tensor, other: torch.Tensor) -> _C.ViewSequence | None:
+        """How `leaf` is a view of `other`; None if it is none."""
+        about, of_other = self.recorder.describe(leaf), self.recorder.describe(other)
+        if not of_other.captured or about.storage != of_other.storage:
+            return None
+        return about.views.after(of_other.views)
+
     def _view_of_result(self, leaf: torch.Tensor) -> FromView | None:
-        """The source of a differentiable view, where others share its memory: eager's own view."""
+        """The source of a view of what has a history, or is a leaf: eager's own view.
+
+        A view that was taken without grad mode has no history, and requires grad.
+        """
         base = leaf._base
-        if base is None or not base.requires_grad:
+        assert base is not None
+        held = self._held.get(id(base), base)  # as the program holds it
+        views = self._views_after(leaf, base)
+        has_history = leaf.grad_fn is not None
+        if views is None or (has_history and not _is_plain_view(leaf, base)):
             return None
-        about = self.recorder.describe(base)
-        if not about.captured or len(about.views) or not _is_plain_view(leaf, base):
+        source = self.of(held)
+        if not isinstance(source, (FromRoot, FromConstant, FromLifted, FromView)):
             return None
-        source = self.of(base)
-        if not isinstance(source, (FromRoot, FromConstant)):
+        self._check_hooks(leaf, base)
+        view = FromView(source, views, grad_mode=has_history, retains_grad=leaf.retains_grad)
+        if id(held) in self.assigned:
+            self._of_assigned.add(id(view))
+        return view
+
+    def _view_of_leaf(self, leaf: torch.Tensor) -> FromView | None:
+        """The source of a view of a leaf that the program made over the user's memory."""
+        base = leaf._base
+        if base is None or not base.requires_grad or not base.is_leaf or id(base) in self.lifted:
             return None
-        return FromView(source, self.recorder.describe(leaf).views, grad_mode=True)
+        return self._view_of_result(leaf)
+
+    def _check_hooks(self, leaf: torch.Tensor, base: torch.Tensor) -> None:
+        """A replay makes the view anew, and the hooks are the program's."""
+        if leaf.grad_fn is not None and _C.is_hooked(leaf, base):
+            raise UnsupportedError(
+                f"a result is a view (at {self._place_of(leaf)}) with a hook of the program, on it "
+                "or on a view that it was made from: register the hook on what it is a view of, or "
+                "after the call"
+            )
+
+    def _place_of(self, leaf: torch.Tensor) -> str:
+        return self.recorder.node_info(self.recorder.describe(leaf).value.node)[2]
+
+    def _view_of_member(self, leaf: torch.Tensor, members: list[int]) -> FromView:
+        """The source of a view of one of the tensors that share memory that is written to."""
+        for i in members:
+            twin = self.recorder.lifted()[i][1]
+            views = self._views_after(leaf, twin) if leaf._base is twin else None
+            if views is not None and (leaf.grad_fn is None or _is_plain_view(leaf, twin)):
+                self._check_hooks(leaf, twin)
+                has_history = leaf.grad_fn is not None
+                return FromView(FromLifted(i), views, has_history, retains_grad=leaf.retains_grad)
+        raise UnsupportedError(
+            f"a result (at {self._place_of(leaf)}) requires grad and lies in memory that the "
+            "program writes to, and that several of its tensors share: return a clone"
+        )
+
+    def _view_of_function(self, leaf: torch.Tensor) -> FromView | None:
+        """The source of a view of a result that is a view itself, by a custom function."""
+        function = leaf.grad_fn
+        while function is not None:
+            following = function.next_functions
+            custom = isinstance(function, torch.autograd.function.BackwardCFunction)
+            if custom or len(following) != 1:
+                return None
+            result = self._by_edge.get(following[0])
+            views = None if result is None else self._views_after(leaf, result)
+            if result is not None and views is not None:
+                source = self.of(result)
+                if not isinstance(source, FromRoot):
+                    return None
+                self._check_hooks(leaf, result)
+                return FromView(source, views, grad_mode=True, retains_grad=leaf.retains_grad)
+            function = following[0][0]
+        return None
+
+    def _customs_before(self, leaf: torch.Tensor) -> _Aliases:
+        """The results of custom functions that a tensor is a view of, and how."""
+        found: _Aliases = []
+        for result in self._by_edge.values():
+            views = None if result is leaf else self._views_after(leaf, result)
+            if views is not None:
+                found.append((result, views))
+        return sorted(found, key=lambda alias: len(alias[1]))
+
+    def _alias_of_result(self, leaf: torch.Tensor) -> _Aliases:
+        """What a custom function gives as a view of another tensor of the program, and how."""
+        base = leaf._base
+        assert base is not None
+        views = self._views_after(leaf, base)
+        if views is None or not isinstance(self.of(base), (FromRoot, FromConstant)):
+            return []
+        return [*self._customs_before(leaf), (base, views)]
 
     def _base(self, root: int, leaf: torch.Tensor) -> _Base:
         """The output `root` as what `leaf` is a view of."""

@@ -81,6 +81,7 @@ class Capture:
         self.ran_backward = False
         self.replaced: dict[int, int] = {}
         self._arguments: dict[int, torch.Tensor] = {}  # id of a twin -> the argument
+        self.given: list[tuple[torch.Tensor, torch.Tensor]] = []  # a twin, the argument
         # No methods of this: what holds them would be in a cycle with it.
         self.refusal = functools.partial(_refusal, recorder)
         self._user = functools.partial(_user_of, self._arguments)
@@ -150,6 +151,7 @@ class Capture:
         if tensor.__dict__:
             twin.__dict__.update(tensor.__dict__)
         self._arguments[id(twin)] = tensor
+        self.given.append((twin, tensor))
         return twin
 
     # ------------------------------------------------------- what handlers answer
@@ -380,7 +382,7 @@ class Capture:
         if old_about.storage == new_about.storage and old_about.value == new_about.value:
             return  # what `module.to()` does to a module that is there already
         new = new.detach()
-        new.requires_grad_(tensor.requires_grad)
+        new.requires_grad_(twin.requires_grad and twin.is_leaf)
         if id(tensor) in self.gradients:
             new.grad = twin.grad
         self.recorder.assign_data(tensor, new)
@@ -489,7 +491,16 @@ class Capture:
 
     def deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
         if id(tensor) not in memo:
-            copy = self.recorder.twin_of(tensor).detach().clone()
+            twin = self.recorder.twin_of(tensor)
+            if not twin.is_leaf:
+                self.autograd.reads_leaf = True
+                func(tensor, memo)  # which raises
+            if twin.storage_offset() or not _is_dense(twin):
+                raise self.refusal(
+                    "the program makes a deep copy of a tensor that shows a part of its memory, or "
+                    "one place of it several times, which copies all of that: clone it instead"
+                )
+            copy = twin.detach().clone()
             memo[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
         copied: torch.Tensor = memo[id(tensor)]
         return copied
@@ -549,6 +560,13 @@ def _copy_of_memory(value: torch.Tensor, conj: bool, neg: bool) -> torch.Tensor:
     if value.numel() == 0:
         return value.clone()
     return _span(value).clone().as_strided(value.shape, value.stride(), 0)
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether its elements lie side by side, each in a place of its own."""
+    dims = [(n, s) for n, s in zip(value.shape, value.stride()) if n != 1]
+    extent = 1 + sum((n - 1) * s for n, s in dims)
+    return value.numel() == 0 or (extent == value.numel() and all(s for _n, s in dims))
 
 
 def _span(value: torch.Tensor) -> torch.Tensor:
@@ -1057,6 +1075,7 @@ class Recording:
         ran_backward: whether the program called `backward()`.
         modes: (how to set it, to what), for the modes that the program left changed.
         made: the Python objects that were made since the program began.
+        attributes: (tensor of the user's, name, value or MISSING): what the program set.
         ran: the code that ran.
     """
 
@@ -1085,6 +1104,7 @@ class Recording:
         self.ran_backward = False
         self.modes: list[tuple[Callable[[Any], object], Any]] = []
         self.made = _escapes.Made(frozenset())
+        self.attributes: list[tuple[torch.Tensor, str, Any]] = []
 
     def resume(self, backward: Callable[[], Any]) -> Any:
         """Record a backward after the program.
@@ -1243,6 +1263,7 @@ def _record(
     finally:
         drawn = capture.moving.put_back()
         recording.changes = state.take_back()
+        recording.attributes = _attributes_set(capture, state, recording)
         capture.autograd.restore()
         recording.changes += [
             _lift.Change(variable, None, value)
@@ -1323,6 +1344,14 @@ def _record(
     ]
     try:
         recording.hooks = capture.autograd.finish()
+        for tensor, name, _hook in recording.hooks:
+            about = recorder.describe(tensor)
+            if not _autograd.is_leaf(tensor) and (about.mutated or about.metadata_mutated):
+                raise UnsupportedError(
+                    f"the program leaves a hook (torch.Tensor.{name}) on a tensor with a history "
+                    "that it writes to, and the hook belongs to the history before, or after: "
+                    "register it before the call"
+                )
     except UnsupportedError:
         recorder.release()
         raise
@@ -1338,6 +1367,31 @@ def _record(
         recorder.release()
         raise
     return recording
+
+
+def _attributes_set(
+    capture: Capture, state: _lift.State, recording: Recording
+) -> list[tuple[torch.Tensor, str, Any]]:
+    """What the program did to attributes of tensors; those of state are no changes any more.
+
+    A call does it to the tensors that it finds, which may be others than those of the capture.
+    """
+    owners = {id(t.__dict__): t for t, _slots in state.tensors.values()}
+    found = [
+        (owners[id(change.owner)], change.key, change.value)
+        for change in recording.changes
+        if id(change.owner) in owners
+    ]
+    recording.changes = [c for c in recording.changes if id(c.owner) not in owners]
+    for twin, tensor in capture.given:
+        before, now = tensor.__dict__, twin.__dict__
+        found += [(tensor, key, _lift.MISSING) for key in before if key not in now]
+        found += [
+            (tensor, key, value)
+            for key, value in now.items()
+            if before.get(key, _MISSING) is not value
+        ]
+    return found
 
 
 def check_plain(tensor: torch.Tensor, what: str) -> None:

@@ -79,8 +79,10 @@ _NATIVE = ("aten", "prim")
 
 def _no_derivatives(lowered: _lower.Lowered) -> str:
     """Why a program cannot be recorded once more after a call; nothing if it can."""
-    changes = lowered.required or lowered.hooks or lowered.retained
-    if lowered.refills or lowered.effects or lowered.assigned or changes:
+    changes: list[Any] = [lowered.refills, lowered.effects, lowered.assigned, lowered.required]
+    changes += [lowered.hooks, lowered.retained, lowered.attributes, lowered.attributed]
+    changes += [lowered.hooks_of_made]
+    if any(changes):
         return "the program changes attributes, or containers that it is given"
     if lowered.gradients or lowered.spent:
         return "the program calls backward() itself"
@@ -254,7 +256,8 @@ class Specialization(_C.Variant):
         leaves = [v if isinstance(v, torch.Tensor) else _kept_value(v) for v in flat.leaves]
         for i in weak:
             leaves[i] = weakref.ref(flat.leaves[i], gone)
-        self._set_arguments(flat.spec, leaves, weak, _placement(lowered))
+        names = None if ran.dynamic or state.dynamic or ran.goes_through else ran.names
+        self._set_arguments(flat.spec, leaves, weak, names, _placement(lowered))
         if any(not isinstance(c, tuple) for c in flat.containers[2:-1]):
             known = [(i, c) for i, c in enumerate(flat.containers) if state.knows(c)]
             self._set_identities(
@@ -321,7 +324,8 @@ class Specialization(_C.Variant):
         further: list[object] = [lowered.backwards, lowered.refills, lowered.effects]
         further += [lowered.assigned, lowered.gradients, lowered.required, lowered.spent]
         further += [lowered.modes, lowered.update, lowered.hooks, lowered.retained]
-        further += [lowered.related]
+        further += [lowered.related, lowered.attributes, lowered.attributed]
+        further += [lowered.hooks_of_made, lowered.grads_of_made]
         if any(further) or any(w.root is None or w.meta or w.source for w in lowered.writes):
             return
         result = _native_result(lowered.result, set())
@@ -364,8 +368,7 @@ class Specialization(_C.Variant):
         with torch.enable_grad(), torch.autocast("cpu", *self._autocast):
             if self.match(args, kwargs) is None:
                 raise UnsupportedError(_gradients.CHANGED)
-            leaves = _tree.flatten((args, kwargs)).leaves
-            opaque = [v for v in leaves if not isinstance(v, torch.Tensor)]
+            opaque = _opaque(_tree.flatten((args, kwargs)).leaves)
             state = _lift.State(self._fn, *opaque, *_function_modes())
             return _record.record(self._fn, args, kwargs, state, []), state
 
@@ -451,7 +454,7 @@ class Specialization(_C.Variant):
             made = [functools.partial(take.leaf, source) for source in lowered.made]
             with torch.enable_grad():
                 _gradients.attach(self._backwards, written, origin, tensors, values, made)
-                take.values = values = _gradients.spend(lowered.spent, values)
+                take.values = values = _gradients.spend(lowered.spent, tensors, values, made)
         for index, name, hook in lowered.hooks:
             getattr(tensors[index], name)(hook)
         for index in lowered.retained:
@@ -477,6 +480,15 @@ class Specialization(_C.Variant):
             else:
                 value = source if source is _lift.MISSING else take(source)
                 _lift.Slot(owner, key, "").write(value)
+        for index, name, source in lowered.attributes:
+            value = source if source is _lift.MISSING else take(source)
+            _lift.Slot(tensors[index].__dict__, name, "").write(value)
+        for tensor, grad in lowered.grads_of_made:
+            take(tensor).grad = take(grad)
+        for leaf, name, hook in lowered.hooks_of_made:
+            getattr(take(leaf), name)(hook)
+        for tensor, attributes in lowered.attributed:
+            take(tensor).__dict__.update((name, take(s)) for name, s in attributes.items())
         for set_mode, mode in lowered.modes:
             set_mode(mode)
         return result
@@ -718,9 +730,16 @@ class _Results:
             return tensor.data if source.alias else tensor
         if isinstance(source, _lower.FromView):
             base = self(source.base)
+            if source.of_detached:
+                base = base.detach()
             if source.grad_mode is not None:
                 with torch.set_grad_enabled(source.grad_mode):
-                    value = source.views.apply(base)
+                    again = not len(source.views) and isinstance(source.base, _lower.FromView)
+                    value = torch.ops.aten.alias(base) if again else source.views.apply(base)
+                if source.retains_grad:
+                    value.retain_grad()
+                if source.detached:
+                    value = value.detach()
                 return value.requires_grad_() if source.requires_grad else value
             return source.views.apply(base) if len(source.views) else torch.ops.aten.alias(base)
         if isinstance(source, _lower.FromStrided):
@@ -749,6 +768,15 @@ class _Results:
         return counted
 
 
+def _opaque(leaves: list[Any]) -> list[Any]:
+    """What the program can come by from arguments, beside the tensors."""
+    found = [v for v in leaves if not isinstance(v, torch.Tensor)]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            found += vars(leaf).values()
+    return found
+
+
 def capture(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
@@ -762,7 +790,7 @@ def capture(
     Args:
         undo: until it is closed, optimizers have the state that the program's first step creates.
     """
-    opaque = [v for v in flat.leaves if not isinstance(v, torch.Tensor)] + _function_modes()
+    opaque = [*_opaque(flat.leaves), *_function_modes()]
     creations: list[_optimizers.Creation] = []
     creates = True
     while True:

@@ -3,7 +3,8 @@
 """Kinds of programs that are known to go wrong, and are drawn no more until they are mended.
 
 Each row of `KNOWN` has the text that such a program has in it, the reason, and a minimal program,
-which `test_random_programs.KnownTest` expects to fail: where it passes, the row has to go.
+which `test_random_programs.KnownTest` expects to fail: where it passes, the row has to go. There is
+none by now.
 """
 
 import re
@@ -46,27 +47,5 @@ class Known(NamedTuple):
         )
 
 
-KNOWN = {
-    "custom_function": Known(
-        r"(Same|View|Dirty|Saves)\.apply",
-        "custom autograd.Functions that return views or their arguments",
-        "v = View.apply(a); return v[:1], v",
-    ),
-    "retained_view": Known(
-        r"\.retain_grad\(\)",
-        "a view of a parameter that is returned with retain_grad() does not retain its gradient",
-        "v = self.w[0]; v.retain_grad(); return v",
-    ),
-    "view_without_grad": Known(
-        r"no_grad\(\)|set_grad_enabled\(False\)|inference_mode",
-        "a view that is taken without grad mode of what has a history: eager's says requires_grad",
-        "v = a * self.w; torch.set_grad_enabled(False); u = v.expand(2, 2, 3); "
-        "torch.set_grad_enabled(True); return u",
-    ),
-    "attribute_of_a_tensor": Known(
-        r"\.tag = ",
-        "an attribute of a tensor that the program sets stays after the extraction",
-        "self.s.tag = 3; return a * 1",
-    ),
-}
+KNOWN: dict[str, Known] = {}
 PATTERNS = {name: re.compile(known.pattern) for name, known in KNOWN.items() if known.pattern}

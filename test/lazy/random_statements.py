@@ -582,7 +582,8 @@ HOOKS = """
     {g}.register_hook(lambda g: None)
     {g}.register_hook(lambda g: g * 2).remove()
     {g}.register_hook(lambda g, log=self.log: log.append(tuple(g.shape)))
-    self.w.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
+    self.w.register_post_accumulate_grad_hook(lambda p: torch._foreach_mul_([p.grad], 2))
+    {v} = nn.Parameter({x}.detach() * 1); {v}.register_hook(lambda g: g * 2)
     {v} = self.w * 1; {v}.register_hook(lambda g: g * 3)
     self.m.register_forward_hook(lambda m, a, o: o * 2)
     self.m.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
@@ -832,7 +833,7 @@ CHANGES = """
     p.w.data = torch.full((2, 3), -1.0)
     p.w.register_hook(lambda g: g * 2)
     p.q.register_hook(lambda g: p.log.append("hook"))
-    p.w.register_post_accumulate_grad_hook(lambda w: w.grad.add_(1))
+    p.w.register_post_accumulate_grad_hook(lambda w: torch._foreach_add_([w.grad], 1))
     p.w.grad = torch.ones(2, 3)
     p.w.grad = None
     p.m.register_forward_hook(lambda m, a, o: o * 2)

@@ -4,8 +4,8 @@
 
 Hypothesis draws the numbers that `random_programs.Generated` makes programs of. A failure shrinks to
 a small program, and is printed as a script that can be pasted into a file beside this one. The
-default set draws the same programs on each run. The slow set has 200,000 of them, 5,000 a test,
-and prints the seeds:
+default set draws the same programs on each run. The slow set has 100,000 of them and 300,000 wide
+ones, 5,000 a test, and prints the seeds:
 
     PYTORCH_TEST_WITH_SLOW=1 python test/lazy/test_random_programs.py LongRunTest
     PYTORCH_TEST_WITH_SLOW=1 python test/lazy/test_random_programs.py WideLongRunTest.test_part_07
@@ -17,6 +17,7 @@ import tempfile
 import unittest
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -125,9 +126,6 @@ class RandomProgramTest(unittest.TestCase):
         """The same programs on each run."""
         run(400, None)
 
-    # Still finds kinds that are mended one by one: `random_known.py` names those that have a cause,
-    # the next is an argument that is written to, of which views were taken without grad mode.
-    @unittest.expectedFailure
     def test_wide_programs(self) -> None:
         run(400, None, wide_programs)
 
@@ -183,6 +181,137 @@ FOUND = {
 }
 
 
+def wide(body: str, inputs: str = "b = a.detach().clone()", **further: Any) -> Known:
+    """A minimal program of arguments `a` of shape (2, 3), which requires grad, and `b`."""
+    return Known("", "", body, inputs=inputs, **further)
+
+
+NO_GRAD = {"ambient": "torch.no_grad()"}
+INFERENCE = {"ambient": "torch.inference_mode()"}
+HISTORY = "a = a * 1; b = a[0]"
+SHARED = "a = a.detach(); b = a.detach().requires_grad_()"
+WIDE_FOUND = {
+    # Attributes of tensors: of the caller's they are effects, of results they come with them.
+    "attribute_of_a_state_tensor": wide("self.s.tag = 3; return a * 1"),
+    "attribute_of_an_argument": wide("a.tag = 3; return a * 1"),
+    "attribute_of_a_result": wide("v = a * 2; v.tag = 3; return v"),
+    "attribute_that_is_a_result": wide("v = a * 2; self.t.tag = v; return v"),
+    "attribute_of_a_copy": wide("v = copy.copy(a); v.tag = 1; return v"),
+    "attribute_deleted": wide("del a.tag; return a * 1", "b = a; a.tag = 1"),
+    "attribute_of_an_argument_read": wide(
+        "k = getattr(a, 'tag', 0); return a * k", "b = a; a.tag = i"
+    ),
+    "attribute_of_an_argument_looked_for": wide(
+        "k = a.tag if hasattr(a, 'tag') else 0; return k", "b = a; exec('if i > 1: a.tag = i')"
+    ),
+    "attribute_of_another_state_tensor": wide(
+        "self.s.tag = self.n; return a * 1", change="p.s = torch.ones(2, 3)"
+    ),
+    # Views that results are of one another, or of what the caller has.
+    "view_of_a_custom_view": wide("v = View.apply(a); return v[:1], v"),
+    "views_of_a_custom_view": wide("v = View.apply(a); return v[:1], v[1:]"),
+    "custom_view_of_a_result": wide("v = a * 2; w = View.apply(v); return w, v, w[1:]"),
+    "custom_view_of_what_nobody_has": wide("v = a * 2; w = View.apply(v); return w[1:], w[:1]"),
+    "custom_same_of_a_result": wide("v = a * 2; w = Same.apply(v); return w, v"),
+    "custom_view_of_a_custom_same": wide(
+        "v = Same.apply(a); u = View.apply(v); return u[1:], u, v"
+    ),
+    "view_of_assigned_data": wide("a.data = a * 2; return a[:1], a"),
+    "data_of_what_has_a_history": wide("v = a * 1; v.data = a * 2; return v[:1], v, v * v"),
+    "view_of_a_leaf_over_an_argument": wide(
+        "v = b.detach().requires_grad_(); return v.view(-1), v.detach()"
+    ),
+    "view_of_a_view_without_grad": wide(
+        "v = a.t(); torch.set_grad_enabled(True); return v[:1], v", "a = a * 1; b = a", **NO_GRAD
+    ),
+    "memory_of_what_requires_grad": wide("b.set_(a); return b * 1, (b, b)"),
+    "hook_beside_a_write": wide(
+        "k = a * 1; b.t_(); b.register_hook(lambda g, log=self.log: log.append(1)); return k * b",
+        HISTORY,
+    ),
+    "gradients_of_parts": wide(
+        "v = nn.utils.parameters_to_vector([self.w, self.b]); return v, a", derive=2
+    ),
+    "second_derivative_without_a_leaf": wide(
+        "v = F.batch_norm(a, self.norm.running_mean.clone(), self.norm.running_var.clone(), "
+        "self.b, training=True); return torch.where(a > 1, a, v).sum()",
+        "a = random_tensor((3, 3), torch.float32).requires_grad_() * 1; b = a",
+        derive=5,
+    ),
+    "custom_same_twice": wide("v = Same.apply(a); v = Same.apply(v); return v"),
+    "custom_same_of_a_leaf": wide("v = nn.Parameter(a.detach().clone()); return Same.apply(v), v"),
+    "view_without_grad": wide(
+        "v = a * self.w; torch.set_grad_enabled(False); u = v.expand(2, 2, 3); "
+        "torch.set_grad_enabled(True); return u"
+    ),
+    "view_without_grad_of_a_result": wide(
+        "torch.set_grad_enabled(True); v = a * 2; torch.set_grad_enabled(False); return v.t(), v",
+        **NO_GRAD,
+    ),
+    "view_in_inference_mode": wide("return a[0], a.view(-1)", **INFERENCE),
+    "view_that_nobody_may_use": wide(
+        "v = self.w[0]; v[0] = 0; self.w.register_hook(lambda g: g * 2); return v", **INFERENCE
+    ),
+    "deep_copy_of_a_history": wide("return copy.deepcopy(a * 1)"),
+    "deep_copy_of_a_history_that_comes": wide(
+        "return copy.deepcopy(a)", "a = a * 1 if i == 3 else a; b = a"
+    ),
+    "view_of_a_deep_copy": wide("v = copy.deepcopy(self.w); return v[:1], v"),
+    "copy_of_a_view": wide("v = copy.copy(a[0]); return v"),
+    "copy_of_a_custom_same": wide("v = copy.copy(Same.apply(a)); return v", HISTORY),
+    "leaf_over_a_view": wide("v = a.detach()[0].requires_grad_(); return v"),
+    "leaf_over_data": wide("v = a.data.view(-1).requires_grad_(); return v"),
+    "retained_view_of_a_parameter": wide("v = self.w[0]; v.retain_grad(); return v"),
+    "retained_view_of_a_result": wide("v = a * 2; u = v[0]; u.retain_grad(); return u, v"),
+    # Gradients and hooks of results.
+    "gradient_of_a_retained_result": wide(
+        "v = a * 2; v.retain_grad(); v.sum().backward(retain_graph=True); return v"
+    ),
+    "gradient_of_a_leaf_made_inside": wide(
+        "v = torch.ones(2, 3, requires_grad=True); (v * a).sum().backward(); return v"
+    ),
+    "gradient_of_a_view": wide(
+        "v = self.w[0]; v.retain_grad(); v.sum().backward(retain_graph=True); return v"
+    ),
+    "hook_of_a_leaf_made_inside": wide(
+        "v = torch.ones(2, 3, requires_grad=True); v.register_hook(lambda g: g * 2); "
+        "return v, v * a"
+    ),
+    "hook_after_a_leaf_made_inside": wide(
+        "v = nn.Parameter(b * 1); v.register_post_accumulate_grad_hook("
+        "lambda p: torch._foreach_mul_([p.grad], 2)); "
+        "return v, v * a"
+    ),
+    "hook_of_a_view": wide("v = self.w.view(-1); v.register_hook(lambda g: g * 2); return v"),
+    "hook_on_the_way_of_a_view": wide(
+        "v = self.w.view(-1); v.register_hook(lambda g: g * 2); return v[:1]"
+    ),
+    "hook_of_a_view_and_its_view": wide(
+        "v = self.w.view(-1); v.register_hook(lambda g: g * 2); return v[:1], v"
+    ),
+    "backward_that_raises": wide("return a // 2", derive=3),
+    "backward_that_raises_beside_others": wide("return a // 2, a * 2", derive=3),
+    # Several tensors over one memory, of which one is written to.
+    "detached_of_shared_memory": wide("a[..., 1:].mul_(2); b.detach_(); return k", SHARED),
+    "view_of_shared_memory": wide("a[..., 1:].mul_(2); return b.view(-1), b * 2", SHARED),
+    "custom_same_of_shared_memory": wide("a.mul_(2); return Same.apply(b)", SHARED),
+    "dirty_view_of_an_argument": wide("v = Dirty.apply(b); return a", HISTORY),
+    "retained_view_of_an_argument": wide(
+        "b.retain_grad(); a.index_put_((torch.tensor([0, 0]),), self.t + 1); return b",
+        HISTORY,
+        **INFERENCE,
+    ),
+    "written_list": wide("v = a * 1; torch._foreach_add_([v, v], 1); return v"),
+    "write_beside_an_array": wide(
+        "v = self.norm(b); return v",
+        "b = torch.from_numpy(torch.ones(3).expand(2, 3).numpy()).requires_grad_()",
+    ),
+    "cast_in_inference_mode": wide(
+        "return a.bool(), a.to(torch.float64), a.reshape(-1)", **INFERENCE
+    ),
+}
+
+
 class FoundTest(unittest.TestCase):
     """What was wrong once."""
 
@@ -200,6 +329,17 @@ def _found(dtype: str, body: str) -> Callable[[unittest.TestCase], None]:
 
 for _name, (_dtype, _body) in FOUND.items():
     setattr(FoundTest, f"test_{_name}", _found(_dtype, _body))
+
+
+def _found_wide(row: Known) -> Callable[[unittest.TestCase], None]:
+    def test(self: unittest.TestCase) -> None:
+        compare(row.source())
+
+    return test
+
+
+for _name, _row in WIDE_FOUND.items():
+    setattr(FoundTest, f"test_{_name}", _found_wide(_row))
 
 
 class KnownTest(unittest.TestCase):
@@ -221,12 +361,17 @@ for _name, _row in KNOWN.items():
 RUN = int(os.environ.get("RANDOM_PROGRAMS_RUN", "0"))
 
 
-def longtest(part: int, kind: st.SearchStrategy[Generated]) -> Callable[[unittest.TestCase], None]:
+PLAIN_PARTS, WIDE_PARTS = 20, 60
+
+
+def longtest(
+    part: int, parts: int, kind: st.SearchStrategy[Generated]
+) -> Callable[[unittest.TestCase], None]:
     """A test of 5,000 programs from 10 seeds of their own."""
 
     def test(self: unittest.TestCase) -> None:
         outcomes: collections.Counter[Outcome] = collections.Counter()
-        begin = 200 * RUN + 10 * part
+        begin = 10 * (parts * RUN + part)
         for first in range(begin, begin + 10):
             outcomes += run(500, first, kind)
         print(f"seeds {begin} to {begin + 9}: {statistic(outcomes)}")
@@ -241,12 +386,14 @@ class LongRunTest(unittest.TestCase):
 
 @unittest.skipUnless(SLOW, "set PYTORCH_TEST_WITH_SLOW=1")
 class WideLongRunTest(unittest.TestCase):
-    """The same of wide programs."""
+    """The same with 300,000 wide programs."""
 
 
-for _part in range(20):
-    setattr(LongRunTest, f"test_part_{_part:02}", longtest(_part, programs))
-    setattr(WideLongRunTest, f"test_part_{_part:02}", longtest(_part, wide_programs))
+for _part in range(PLAIN_PARTS):
+    setattr(LongRunTest, f"test_part_{_part:02}", longtest(_part, PLAIN_PARTS, programs))
+for _part in range(WIDE_PARTS):
+    _test = longtest(_part, WIDE_PARTS, wide_programs)
+    setattr(WideLongRunTest, f"test_part_{_part:02}", _test)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 """What the READMEs show as output is what their programs print."""
 
+import copy
 import functools
 import itertools
 import keyword
@@ -165,6 +166,20 @@ def tangent(x):
         extract_compiled_graph(torch.sin, (torch.autograd.forward_ad.make_dual(x, x),))
 
 
+def hook_of_a_leaf(x):
+    leaf = torch.ones(3, requires_grad=True)
+    leaf.register_hook([].append)
+    return leaf
+
+
+def view_of_another_mode(x):
+    y = torch.ones(3, 3, requires_grad=True) * x
+    with torch.no_grad():
+        view = y[0]
+    y.mul_(2)
+    return view
+
+
 def hook_of_one_run(x):
     def program(y):
         y.register_hook([].append)
@@ -220,6 +235,9 @@ LIMITS = {
     "backward into the past": backward_into_the_past,
     "tangent": tangent,
     "hook of one run": hook_of_one_run,
+    "hook of a leaf": captured(hook_of_a_leaf),
+    "view that nobody may use": captured(view_of_another_mode),
+    "deep copy of a part": captured(lambda x: copy.deepcopy(x[1:])),
     "views of one": views_of_one,
     "torch.func": lambda x: torch.func.grad(extract_compiled_graph(torch.sum, (x,)))(x),
 }

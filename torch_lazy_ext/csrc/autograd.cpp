@@ -137,6 +137,21 @@ void bind_autograd(py::module_& m) {
         }
       },
       "Take the hooks from a tensor that stands for one of the user's.");
+  m.def(
+      "is_hooked",
+      [](const at::Tensor& view, const at::Tensor& base) {
+        auto function = view.grad_fn();
+        const auto end = base.grad_fn();
+        while (function && function != end && function->num_outputs() != 0) {
+          if (!function->tensor_pre_hooks().empty() || !function->pre_hooks().empty() ||
+              !function->post_hooks().empty()) {
+            return true;
+          }
+          function = function->num_outputs() == 1 ? function->next_edge(0).function : nullptr;
+        }
+        return false;
+      },
+      "Whether there are hooks in the history that a view has beyond that of its base.");
   py::class_<Cut>(m, "Cut").def("restore", &Cut::restore);
   m.def(
       "cut",

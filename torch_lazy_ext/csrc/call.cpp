@@ -91,9 +91,10 @@ void Variant::set_arguments(
     const py::object& spec,
     const py::list& leaves,
     const std::vector<int64_t>& weak,
+    const py::object& names,
     Placement read) {
   Keep k = keep();
-  arguments_.emplace(spec, leaves, weak, read, k);
+  arguments_.emplace(spec, leaves, weak, names, read, k);
 }
 
 void Variant::set_surroundings(const Surroundings& now, const py::list& function_modes) {
@@ -461,7 +462,8 @@ bool Variant::overlaps_in_part(const Call& call) const {
     const bool writes =
         std::find(written_.begin(), written_.end(), static_cast<int64_t>(i)) != written_.end();
     for (size_t k = 0; k < lifted_.size(); ++k) {
-      if (begin_of(k) != begin_of(i) && begin_of(k) < end_of(i) && begin_of(i) < end_of(k) &&
+      if (!lifted_[k].made && begin_of(k) != begin_of(i) && begin_of(k) < end_of(i) &&
+          begin_of(i) < end_of(k) &&
           (writes ||
            std::find(written_.begin(), written_.end(), static_cast<int64_t>(k)) !=
                written_.end())) {

@@ -89,6 +89,7 @@ class Variant {
       const py::object& spec,
       const py::list& leaves,
       const std::vector<int64_t>& weak,
+      const py::object& names,
       Placement read);
   // Function modes: each mode that is on, or the device that a torch.device(...) makes the
   // default.

@@ -677,15 +677,17 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
   }
   size_t position = 0;
   auto add = [&](const at::Tensor& t, bool out_argument) {
-    TORCH_CHECK(
-        !t.defined() || !may_overlap_itself(t),
-        "several elements of the tensor that is written to are one place in memory: clone it "
-        "before.");
+    if (t.defined() && may_overlap_itself(t)) {
+      throw NotRecordable(
+          "several elements of the tensor that is written to are one place in memory: clone it "
+          "before.");
+    }
     if (t.defined() && fi::isFunctionalTensor(t)) {
-      TORCH_CHECK(
-          !is_part_of_overlap(t),
-          "the tensor that is written to is a view of one of which several elements are one place "
-          "in memory: clone that one before.");
+      if (is_part_of_overlap(t)) {
+        throw NotRecordable(
+            "the tensor that is written to is a view of one of which several elements are one "
+            "place in memory: clone that one before.");
+      }
       fi::sync(t);
       out.push_back({t, fi::from_functional_tensor(t), version_of(t), position, out_argument});
     }
@@ -704,13 +706,11 @@ std::vector<Written> written_to(const c10::OperatorHandle& op, const Stack& stac
     } else if (v.isTensorList()) {
       for (const at::Tensor& t : v.toTensorVector()) {
         // Eager's kernel is a loop, and sees in one round what it wrote in another.
-        TORCH_CHECK(
-            !fi::isFunctionalTensor(t) ||
-                std::none_of(
-                    out.begin(),
-                    out.end(),
-                    [&](const Written& w) { return storage_of(w.tensor) == storage_of(t); }),
-            "tensors of a list that is written to share memory.");
+        if (fi::isFunctionalTensor(t) && std::any_of(out.begin(), out.end(), [&](const Written& w) {
+              return storage_of(w.tensor) == storage_of(t);
+            })) {
+          throw NotRecordable("tensors of a list that is written to share memory.");
+        }
         add(t, out_argument);
       }
     }
@@ -812,8 +812,10 @@ bool is_view_of_normal(const c10::OperatorHandle& op, const Stack& stack, size_t
       std::any_of(schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
         return r.alias_info() != nullptr && !r.alias_info()->isWrite();
       });
+  // `to` and `reshape` give a view, or no view: what they are made of tells.
+  const bool decides = view && !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
   const IValue& viewed = stack[begin];
-  return view && viewed.isTensor() && viewed.toTensor().defined() &&
+  return decides && viewed.isTensor() && viewed.toTensor().defined() &&
       !viewed.toTensor().is_inference();
 }
 
@@ -1065,7 +1067,9 @@ void raise_as_eager(
     Recorder& recorder,
     const c10::OperatorHandle& op,
     const Stack& arguments,
-    const std::string& message) {
+    const std::exception& raised) {
+  const std::string message = message_of(raised);
+  const bool ours = dynamic_cast<const NotRecordable*>(&raised) != nullptr;
   std::vector<std::pair<ValueRef, at::Tensor>> read;
   Stack real = arguments, zeros = arguments;
   bool known = true;
@@ -1135,7 +1139,7 @@ void raise_as_eager(
     return error;
   };
   const std::exception_ptr error = attempt(&real);
-  if (!error && differentiated) {
+  if (!error && differentiated && !ours) {
     return; // what autograd refuses, it refuses in eager too
   }
   if (!error) {
@@ -1254,7 +1258,7 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
     throw;
   } catch (const std::exception& e) {
     if (!recorder->eager_raised && is_error(e)) {
-      raise_as_eager(*recorder, op, arguments, message_of(e));
+      raise_as_eager(*recorder, op, arguments, e);
     }
     throw;
   }

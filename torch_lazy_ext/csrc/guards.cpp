@@ -139,8 +139,13 @@ ArgumentGuard::ArgumentGuard(
     const py::object& spec,
     const py::list& leaves,
     const std::vector<int64_t>& weak,
+    const py::object& names,
     Placement read,
     Keep& keep) {
+  if (!names.is_none()) {
+    names_ = names.ptr();
+    keep.append(names);
+  }
   // The pair of args and kwargs, which is of our own making.
   const auto children = py::cast<py::tuple>(py::cast<py::tuple>(spec)[1]);
   args_ = parse(children[0], keep);
@@ -153,6 +158,13 @@ ArgumentGuard::ArgumentGuard(
       guard.first =
           position.try_emplace(leaf.ptr(), static_cast<int64_t>(leaves_.size())).first->second;
       keep.append(py::type::of(leaf));
+      for (const auto& [name, value] : py::cast<py::dict>(leaf.attr("__dict__"))) {
+        if (may_be_read(name.ptr())) {
+          guard.attributes.emplace_back(name.ptr(), value.ptr());
+          keep.append(name);
+          keep.append(value);
+        }
+      }
     } else {
       guard.value = leaf.ptr();
       guard.weak =
@@ -161,6 +173,33 @@ ArgumentGuard::ArgumentGuard(
     }
     leaves_.push_back(std::move(guard));
   }
+}
+
+bool ArgumentGuard::may_be_read(PyObject* name) const {
+  const int found = names_ == nullptr ? 1 : PySet_Contains(names_, name);
+  throw_if(found < 0);
+  return found == 1;
+}
+
+bool ArgumentGuard::has_attributes(PyObject* tensor, const Leaf& leaf) const {
+  PyObject** place = _PyObject_GetDictPtr(tensor);
+  PyObject* dict = place == nullptr ? nullptr : *place;
+  if (dict == nullptr || PyDict_GET_SIZE(dict) == 0) {
+    return leaf.attributes.empty();
+  }
+  PyObject *name = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  size_t count = 0;
+  while (PyDict_Next(dict, &position, &name, &value)) {
+    count += may_be_read(name) ? 1 : 0;
+  }
+  if (count != leaf.attributes.size()) {
+    return false;
+  }
+  return std::all_of(leaf.attributes.begin(), leaf.attributes.end(), [&](const auto& expected) {
+    PyObject* now = item(dict, expected.first);
+    return now != nullptr && same(now, expected.second);
+  });
 }
 
 ArgumentGuard::Node ArgumentGuard::parse(const py::handle& spec, Keep& keep) {
@@ -259,7 +298,8 @@ bool ArgumentGuard::match(const Node& node, PyObject* value, Arguments& argument
     if (leaf.weak) {
       return PyWeakref_GET_OBJECT(leaf.value) == value;
     }
-    return leaf.tensor ? leaf.tensor->check(value) : same(value, leaf.value);
+    return leaf.tensor ? leaf.tensor->check(value) && has_attributes(value, leaf)
+                       : same(value, leaf.value);
   }
   if (node.kind == Kind::Again) {
     return containers[node.index] == value;

@@ -76,12 +76,13 @@ struct Arguments {
 class ArgumentGuard {
  public:
   // `spec`: of _tree.flatten; `leaves`: those of the capture, values copied where
-  // they can change.
+  // they can change; `names`: the attributes of tensors that code may read, or None for all.
   // weak: positions of leaves that come as weak references to the values themselves.
   ArgumentGuard(
       const py::object& spec,
       const py::list& leaves,
       const std::vector<int64_t>& weak,
+      const py::object& names,
       Placement read,
       Keep& keep);
   // `kwargs` may be null. Raises what Python code that takes containers apart raises.
@@ -102,7 +103,11 @@ class ArgumentGuard {
     PyObject* value = nullptr;
     bool weak = false;
     int64_t first = -1; // the first leaf that is the same tensor
+    std::vector<std::pair<PyObject*, PyObject*>> attributes; // of a tensor, that code may read
   };
+  // Whether a tensor has the attributes of the captured one.
+  bool has_attributes(PyObject* tensor, const Leaf& leaf) const;
+  bool may_be_read(PyObject* name) const;
   Node parse(const py::handle& spec, Keep& keep);
   bool match(const Node& node, PyObject* value, Arguments& arguments) const;
   bool match_children(const Node& node, PyObject* const* values, Arguments& arguments) const;
@@ -110,6 +115,7 @@ class ArgumentGuard {
   Node args_;
   Node kwargs_;
   std::vector<Leaf> leaves_;
+  PyObject* names_ = nullptr; // null: all
   int64_t parsed_ = 0;
 };
 

@@ -145,7 +145,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const ViewSequence& v, const at::Tensor& base) {
             return fi::apply_view_meta_sequence(base, v.metas);
           },
-          "The view of `base`, a real tensor, that this sequence leads to.");
+          "The view of `base`, a real tensor, that this sequence leads to.")
+      .def(
+          "after",
+          [](const ViewSequence& v, const ViewSequence& first) -> std::optional<ViewSequence> {
+            const size_t count = first.metas.size();
+            if (count > v.metas.size() ||
+                !std::equal(first.metas.begin(), first.metas.end(), v.metas.begin())) {
+              return std::nullopt;
+            }
+            return ViewSequence{{v.metas.begin() + static_cast<int64_t>(count), v.metas.end()}};
+          },
+          "What follows on `first`, which it begins with; None where it does not.");
 
   py::class_<Described>(m, "Described")
       .def_readonly("captured", &Described::captured)

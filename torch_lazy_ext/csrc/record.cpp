@@ -409,6 +409,18 @@ auto make_node() {
   }
 }
 
+// The history of a tensor, which it keeps when it is given other data.
+struct Kept : public Given {};
+
+// Lets the history of a tensor lead on to that of another one: of a twin, to a leaf that gets the
+// gradient of the user's tensor.
+template <class N>
+void give_history(const at::Tensor& tensor, const at::Tensor& other) {
+  auto history = make_node<N>();
+  history->add_next_edge(torch::autograd::impl::gradient_edge(other));
+  torch::autograd::set_history(tensor, history);
+}
+
 } // namespace
 
 at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
@@ -433,9 +445,7 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
       source = twin.requires_grad_(true);
     } else if (tensor.requires_grad()) {
       source = make_tensor({n->id, 0}, /*wrap_functional=*/true).requires_grad_(true);
-      auto history = make_node<Given>();
-      history->add_next_edge(torch::autograd::impl::gradient_edge(source));
-      torch::autograd::set_history(twin, history);
+      give_history<Given>(twin, source);
     }
   }
   input_by_impl[tensor.unsafeGetTensorImpl()] = inputs.size();
@@ -489,6 +499,7 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
     inputs[base].base = base;
   }
   at::Tensor twin;
+  at::Tensor source;
   {
     Resume recording(*this);
     c10::AutoGradMode no_grad(false);
@@ -512,13 +523,17 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
     if (parts != 1) {
       twin = twin.squeeze(-1);
     }
-    if (tensor.requires_grad()) {
-      twin.requires_grad_(true);
+    twin = twin.detach(); // it shares its memory with others, and its history with none
+    if (tensor.requires_grad() && tensor.is_leaf()) {
+      source = twin.requires_grad_(true);
+    } else if (tensor.requires_grad()) {
+      source = twin.detach().requires_grad_(true);
+      give_history<Given>(twin, source);
     }
   }
   input_by_impl[tensor.unsafeGetTensorImpl()] = inputs.size();
   input_by_twin[twin.unsafeGetTensorImpl()] = inputs.size();
-  inputs.push_back({tensor, twin, -1, tensor.requires_grad() ? twin : at::Tensor(), false, base});
+  inputs.push_back({tensor, twin, -1, source, false, base});
   return twin;
 }
 
@@ -568,6 +583,9 @@ void Recorder::assign_data(const at::Tensor& tensor, const at::Tensor& twin) {
   if (!before.is_inference() && !twin.is_inference()) {
     torch::autograd::impl::set_version_counter(
         twin, torch::autograd::impl::version_counter(before));
+  }
+  if (before.requires_grad() && !before.is_leaf()) {
+    give_history<Kept>(twin, before);
   }
   auto held = input_by_twin.find(tensor.unsafeGetTensorImpl());
   if (held != input_by_twin.end()) {

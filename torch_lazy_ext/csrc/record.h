@@ -265,6 +265,12 @@ struct Unsupported : public torch::PyTorchError {
   PyObject* python_type() override;
 };
 
+// Something of an operator that eager does, and that recording cannot express.
+struct NotRecordable : public c10::Error {
+  explicit NotRecordable(const std::string& message)
+      : c10::Error({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, message) {}
+};
+
 // The text of an error, as Python shows it.
 std::string message_of(const std::exception& e);
 std::string message_of(const std::exception_ptr& e); // nothing for none

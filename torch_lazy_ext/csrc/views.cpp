@@ -71,10 +71,11 @@ struct PlacedView : public ViewMeta {
 
   at::Tensor reverse(const at::Tensor& base, const at::Tensor& mutated_view) override {
     const Place place = place_(base);
-    TORCH_CHECK(
-        is_within(place, base),
-        "it writes through as_strided to memory that is none of the elements of the view that "
-        "as_strided was called on: call it on the tensor that the view was made of.");
+    if (!is_within(place, base)) {
+      throw NotRecordable(
+          "it writes through as_strided to memory that is none of the elements of the view that "
+          "as_strided was called on: call it on the tensor that the view was made of.");
+    }
     return at::as_strided_scatter(base, mutated_view, place.sizes, place.strides, place.offset);
   }
 
