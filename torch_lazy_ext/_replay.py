@@ -99,6 +99,7 @@ def _has_effects(lowered: _lower.Lowered) -> bool:
     """Whether a call changes anything but random number generators."""
     effects: list[object] = [lowered.writes, lowered.refills, lowered.effects, lowered.assigned]
     effects += [lowered.gradients, lowered.required, lowered.hooks, lowered.retained, lowered.modes]
+    effects += [lowered.attributes]
     return any(effects)
 
 

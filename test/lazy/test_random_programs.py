@@ -301,6 +301,14 @@ WIDE_FOUND = {
         HISTORY,
         **INFERENCE,
     ),
+    "copy_to_itself": wide(
+        "a.copy_(a); return k",
+        "a = torch.ones(3).expand(2, 3).requires_grad_(); b = a",
+        **INFERENCE,
+    ),
+    "error_of_what_stands_for_it": wide(
+        "return F.batch_norm(a[0], self.norm.running_mean, self.norm.running_var, training=True)"
+    ),
     "written_list": wide("v = a * 1; torch._foreach_add_([v, v], 1); return v"),
     "write_beside_an_array": wide(
         "v = self.norm(b); return v",

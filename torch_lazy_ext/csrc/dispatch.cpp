@@ -347,6 +347,25 @@ at::Tensor pack_backward(
   return batch_first ? out.transpose(0, 1) : out;
 }
 
+// Raises what eager raises for a view of another dtype; the values beside the capture have no bits.
+void check_view_of_dtype(
+    Recorder& recorder,
+    const c10::OperatorHandle& op,
+    const Stack& arguments) {
+  if (op.schema().name() != "aten::view" || op.schema().overload_name() != "dtype") {
+    return;
+  }
+  const at::Tensor& self = arguments.at(arguments.size() - 2).toTensor();
+  if ((self.is_conj() || self.is_neg()) && self.scalar_type() != arguments.back().toScalarType()) {
+    recorder.eager_raised = true;
+    TORCH_CHECK(
+        false,
+        "torch.Tensor.view is not supported for ",
+        self.is_conj() ? "conjugate view tensors" : "tensors with negative bit set",
+        " when converting to a different dtype.");
+  }
+}
+
 // Operators that cannot be recorded as they are: the same computation through others.
 // Returns whether it has put the results on the stack.
 bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
@@ -426,7 +445,9 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   if (name == "aten::copy_" && is_same_memory(recorder, at(0).toTensor(), at(1).toTensor())) {
     // Eager looks at no element, so they may be one place in memory.
     const at::Tensor self = at(0).toTensor();
-    if (!self.is_inference() && !self.requires_grad() && !at(1).toTensor().requires_grad()) {
+    const bool differentiated =
+        c10::GradMode::is_enabled() && (self.requires_grad() || at(1).toTensor().requires_grad());
+    if (!self.is_inference() && !differentiated) {
       self.unsafeGetTensorImpl()->bump_version();
       return answer(self);
     }
@@ -437,17 +458,6 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     const at::Tensor self = at(0).toTensor();
     self.unsafeGetTensorImpl()->bump_version();
     return answer(self);
-  }
-  if (name == "aten::view" && op.schema().overload_name() == "dtype") {
-    const at::Tensor& self = at(0).toTensor();
-    if ((self.is_conj() || self.is_neg()) && self.scalar_type() != at(1).toScalarType()) {
-      recorder.eager_raised = true;
-      TORCH_CHECK(
-          false,
-          "torch.Tensor.view is not supported for ",
-          self.is_conj() ? "conjugate view tensors" : "tensors with negative bit set",
-          " when converting to a different dtype.");
-    }
   }
   if (name == "aten::set_" &&
       recorder.input_by_twin.count(at(0).toTensor().unsafeGetTensorImpl()) != 0 &&
@@ -962,7 +972,17 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     stack->emplace_back(view);
     return false;
   }
-  if (replace(recorder, op, stack) || record_nested(recorder, op, stack, begin) ||
+  check_view_of_dtype(recorder, op, *stack);
+  bool replaced = false;
+  try {
+    replaced = replace(recorder, op, stack);
+  } catch (const Unsupported&) {
+    throw;
+  } catch (...) {
+    recorder.eager_raised = false; // it was another operator that raised
+    throw;
+  }
+  if (replaced || record_nested(recorder, op, stack, begin) ||
       record_write_of_numbers(recorder, op, stack, begin)) {
     return false;
   }
