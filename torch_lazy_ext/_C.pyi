@@ -249,9 +249,10 @@ class Call:
 class Variant:
     _checked: bool
     _communicates: bool
+    _has_effects: bool
     _program: typing.Any
+    _runs_python: bool
     _stale: bool
-    _whole: bool
     def __init__(self, arg0: list[typing.Any]) -> None: ...
     def _add_bases(self, arg0: typing.Any) -> None: ...
     def _add_code(

@@ -230,7 +230,8 @@ class Specialization(_C.Variant):
         lowered.lifted = []
         self._backwards = [_gradients.Backward(b, compiler) for b in lowered.backwards]
         self._set_up_native_finish(lowered)
-        self._whole = _has_effects(lowered) or any(
+        self._has_effects = _has_effects(lowered)
+        self._runs_python = any(
             n.kind().partition("::")[0] not in _NATIVE for n in lowered.graph.nodes()
         )
 

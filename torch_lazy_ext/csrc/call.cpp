@@ -539,14 +539,14 @@ bool Variant::check(const std::vector<at::Tensor>& values) {
 }
 
 PyObject* Variant::run(PyObject* self, Call& call) {
-  std::optional<Hold> hold;
-  if (whole || !checked) {
-    hold.emplace();
+  if (!is_whole()) {
+    return run(self, call, false);
   }
-  return run_whole(self, call);
+  const Hold hold;
+  return run(self, call, true);
 }
 
-PyObject* Variant::run_whole(PyObject* self, Call& call) {
+PyObject* Variant::run(PyObject* self, Call& call, bool whole) {
   if (!gather(call)) {
     raise_mismatch(nullptr);
     return nullptr;
@@ -875,7 +875,8 @@ void bind_call(py::module_& m) {
       .def_readwrite("_num_roots", &Variant::num_roots)
       .def_readwrite("_overwritten", &Variant::overwritten)
       .def_readwrite("_communicates", &Variant::communicates)
-      .def_readwrite("_whole", &Variant::whole)
+      .def_readwrite("_has_effects", &Variant::has_effects)
+      .def_readwrite("_runs_python", &Variant::runs_python)
       .def("_lift_fixed", &Variant::lift_fixed)
       .def("_lift_storage", &Variant::lift_storage)
       .def("_lift_gradient", &Variant::lift_gradient)

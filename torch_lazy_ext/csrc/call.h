@@ -138,12 +138,14 @@ class Variant {
 
   std::vector<int64_t> parameters;
   std::vector<at::Generator> generators;
-  // Whether a signal has to wait for the end of a call: half of its effects would have happened, or
-  // the graph runs Python, whose errors may be a handler's.
-  bool whole = false;
+  // A signal has to wait for the end of a call where half of its effects could have happened, or
+  // where the graph runs Python, whose errors may be a handler's.
+  bool has_effects = false; // other than random numbers
+  bool runs_python = false;
 
  private:
-  PyObject* run_whole(PyObject* self, Call& call);
+  bool is_whole() const { return !checked || runs_python || (has_effects && !native_finish_); }
+  PyObject* run(PyObject* self, Call& call, bool whole);
   bool has_function_modes() const;
   bool has_identities(const Arguments& arguments) const;
   bool gather(Call& call);

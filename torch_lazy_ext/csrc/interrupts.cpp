@@ -3,7 +3,10 @@
 #include <ATen/ThreadLocalState.h>
 #include <torch/csrc/Exceptions.h>
 
+#include <pthread.h>
+
 #include <array>
+#include <atomic>
 #include <csignal>
 #include <optional>
 #include <utility>
@@ -13,6 +16,7 @@ namespace tle {
 namespace {
 
 constexpr int num_signals = 65; // Linux has them from 1 to 64
+constexpr int restorer = 0x04000000; // a flag of Linux's own, which glibc sets
 
 // Of the main thread; the GIL guards it.
 struct State {
@@ -37,6 +41,9 @@ PyObject* note_function = nullptr;
 PyObject* get_signal = nullptr;
 PyObject* set_signal = nullptr;
 PyObject* main_thread = nullptr;
+std::array<PyObject*, num_signals> numbers{};
+
+std::atomic<int> forks{0}; // after each, another thread may be the main one
 
 bool any_waits() {
   for (const bool came : state().came) {
@@ -65,24 +72,34 @@ PyObject* note(PyObject* /*self*/, PyObject* args) {
 PyMethodDef note_definition = {"note", &note, METH_VARARGS, nullptr};
 
 bool in_main_thread() {
-  const auto thread = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(main_thread));
-  return thread && thread.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+  thread_local int asked = -1;
+  thread_local bool answer = false;
+  const int now = forks;
+  if (asked != now) {
+    const auto thread = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(main_thread));
+    answer = thread && thread.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+    asked = now;
+  }
+  return answer;
 }
 
 py::object handler_of(int number) {
-  auto handler =
-      py::reinterpret_steal<py::object>(PyObject_CallOneArg(get_signal, py::int_(number).ptr()));
-  if (!handler) {
+  // Sixty of these calls belong to each Hold: without the ways around them, where that is known.
+  PyObject* handler = PyCFunction_GetFlags(get_signal) == METH_O
+      ? PyCFunction_GET_FUNCTION(get_signal)(PyCFunction_GET_SELF(get_signal), numbers[number])
+      : PyObject_CallOneArg(get_signal, numbers[number]);
+  if (handler == nullptr) {
     PyErr_Clear(); // there is no such signal
   }
-  return handler;
+  return py::reinterpret_steal<py::object>(handler);
 }
 
 // Puts a handler in its place. Python first runs the handlers of signals that have come, and an
 // error of theirs keeps it from that.
 std::optional<py::error_already_set> put(int number, PyObject* handler) {
+  PyObject* arguments[] = {numbers[number], handler};
   const auto done =
-      py::reinterpret_steal<py::object>(PyObject_CallFunction(set_signal, "iO", number, handler));
+      py::reinterpret_steal<py::object>(PyObject_Vectorcall(set_signal, arguments, 2, nullptr));
   if (done) {
     return std::nullopt;
   }
@@ -113,7 +130,9 @@ void give_back() {
         s.raised = std::move(error);
       }
     }
-    sigaction(i, &s.actions[i], nullptr); // with the flags that it had
+    if ((s.actions[i].sa_flags & ~restorer) != SA_ONSTACK) {
+      sigaction(i, &s.actions[i], nullptr); // flags that signal.signal() does not set
+    }
   }
   if (any_waits()) {
     Py_AddPendingCall(&run_pending, nullptr);
@@ -272,6 +291,10 @@ void bind_interrupts(py::module_& m) {
   get_signal = py::object(module.attr("getsignal")).release().ptr();
   set_signal = py::object(module.attr("signal")).release().ptr();
   main_thread = py::object(py::module_::import("threading").attr("main_thread")).release().ptr();
+  for (int i = 1; i < num_signals; ++i) {
+    numbers[i] = PyLong_FromLong(i);
+  }
+  pthread_atfork(nullptr, nullptr, [] { ++forks; });
   note_function = PyCFunction_New(&note_definition, nullptr);
   interrupted_type =
       PyErr_NewException("torch_lazy_ext._C.Interrupted", PyExc_BaseException, nullptr);
