@@ -403,7 +403,10 @@ def _contexts(tensors: list[Any]) -> tuple[list[Any], list[Any]]:
             held.append(vars(function))
         for name in dir(function):
             if name.startswith("_raw_saved_"):
-                value = getattr(function, name)
+                try:
+                    value = getattr(function, name)
+                except RuntimeError:
+                    continue  # a backward of the program has freed it
                 for each in value if isinstance(value, (list, tuple)) else [value]:
                     saved.append(each.data)
     return held, saved

@@ -1682,6 +1682,8 @@ class _Sources:
             made_so = leaf.requires_grad and leaf.is_leaf and not of_base
             if not len(about.views) and not made_so:
                 return FromLifted(base, alias=True)
+            if leaf.requires_grad and leaf.grad_fn is not None:
+                self._check_plain(leaf, lifted[base][1])
             return FromView(
                 FromLifted(base, alias=not about.shares_version),
                 about.views,
@@ -1820,6 +1822,15 @@ class _Sources:
         if base is None or not base.requires_grad or not base.is_leaf or id(base) in self.lifted:
             return None
         return self._view_of_result(leaf)
+
+    def _check_plain(self, leaf: torch.Tensor, base: torch.Tensor) -> None:
+        """A view of what the program has written to is eager's own one, with eager's gradient."""
+        if not _is_plain_view(leaf, base) and not _leads_nowhere(leaf):
+            raise UnsupportedError(
+                f"a result (at {self._place_of(leaf)}) is what a custom autograd.Function gives as "
+                "a view of a tensor that the program was given and writes to: return a clone"
+            )
+        self._check_hooks(leaf, base)
 
     def _check_hooks(self, leaf: torch.Tensor, base: torch.Tensor) -> None:
         """A replay makes the view anew, and the hooks are the program's."""

@@ -238,6 +238,11 @@ WIDE_FOUND = {
         "a = random_tensor((3, 3), torch.float32).requires_grad_() * 1; b = a",
         derive=5,
     ),
+    "custom_same_of_a_written_argument": wide("a[0] = 3; return Same.apply(a)", "a = a * 1; b = 1"),
+    "view_of_a_written_argument": wide("a[0] = 3; return a.view(-1), a[1:]", "a = a * 1; b = 1"),
+    "custom_function_whose_backward_ran": wide(
+        "v = Saves.apply(a, a)[0]; (v * self.w).sum().backward(); return v.view(-1), v.detach()"
+    ),
     "custom_same_twice": wide("v = Same.apply(a); v = Same.apply(v); return v"),
     "custom_same_of_a_leaf": wide("v = nn.Parameter(a.detach().clone()); return Same.apply(v), v"),
     "view_without_grad": wide(
