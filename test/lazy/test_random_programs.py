@@ -311,6 +311,13 @@ WIDE_FOUND = {
         "a = torch.ones(3).expand(2, 3).requires_grad_(); b = a",
         **INFERENCE,
     ),
+    "running_mean_of_other_channels": wide(
+        "return F.batch_norm(a[:, :2], self.norm.running_mean, self.norm.running_var, training=True)"
+    ),
+    "running_mean_of_other_channels_that_come": wide(
+        "return F.batch_norm(a, self.norm.running_mean, self.norm.running_var, training=True)",
+        "a = a[:, :1] if i == 3 else a; b = a",
+    ),
     "error_of_what_stands_for_it": wide(
         "return F.batch_norm(a[0], self.norm.running_mean, self.norm.running_var, training=True)"
     ),

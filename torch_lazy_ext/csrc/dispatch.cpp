@@ -564,6 +564,15 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     if (!updates || !at(0).toTensor().device().is_cpu()) {
       return false;
     }
+    if (name == "aten::batch_norm" && at(0).toTensor().dim() > 1) {
+      // The kernel believes that there is one of each for a channel; eager's own code looks.
+      for (size_t i = 1; i <= 4; ++i) {
+        const at::Tensor each = at(i).isTensor() ? at(i).toTensor() : at::Tensor();
+        if (each.defined() && each.numel() != at(0).toTensor().size(1)) {
+          return false;
+        }
+      }
+    }
     auto optional = [&](size_t i) { return at(i).toOptional<at::Tensor>(); };
     auto [out, mean, rstd] = at::_native_batch_norm_legit(
         at(0).toTensor(),
