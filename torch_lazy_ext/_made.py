@@ -12,6 +12,7 @@ import functools
 import gc
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -239,17 +240,26 @@ def _has_not_begun(value: types.GeneratorType[Any, Any, Any]) -> bool:
 def _iterator(value: Any) -> Parts | None:
     """By the state that it tells; None where there is none to be had."""
     try:
-        function, arguments, *state = value.__reduce__()
+        function, arguments, *rest = _quietly(value.__reduce__)
     except TypeError:
         return None  # itertools from Python 3.14 on
+    # As for pickle: None is no state. Python 3.12 has it for an iterator over a range.
+    state = [s for s in rest[:1] if s is not None]
 
     def make(*children: Any) -> Any:
         made = function(*children[: len(arguments)])
         if state:
-            made.__setstate__(children[-1])
+            _quietly(made.__setstate__, children[-1])
         return made
 
-    return Recipe(make), [*arguments, *state[:1]]
+    return Recipe(make), [*arguments, *state]
+
+
+def _quietly(method: Callable[..., Any], *args: Any) -> Any:
+    """Without the warning of Python 3.12 and 3.13 that itertools will lose these methods."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return method(*args)
 
 
 def _slice(value: slice) -> Parts:

@@ -16,6 +16,7 @@ import sys
 import threading
 import types
 import unittest
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -161,6 +162,13 @@ RESULTS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
 
 class ResultTest(unittest.TestCase):
     """What a program makes is made anew by each replay, with the tensors of that call."""
+
+    def setUp(self):
+        # What is asked of Python's objects for this is no use that a program makes of them.
+        catching = warnings.catch_warnings()
+        catching.__enter__()
+        self.addCleanup(catching.__exit__, None, None, None)
+        warnings.simplefilter("error", DeprecationWarning)
 
     def test_results(self):
         for name, (program, use) in RESULTS.items():
