@@ -78,7 +78,12 @@ class Slot:
             return vars(owner).get(self.key, MISSING)
         if isinstance(owner, contextvars.ContextVar):
             return owner.get(MISSING)
-        return getattr(owner, self.key, MISSING)
+        if isinstance(owner, threading.local):
+            return getattr(owner, self.key, MISSING)
+        try:
+            return object.__getattribute__(owner, self.key)
+        except AttributeError:
+            return MISSING
 
     def write(self, value: Any) -> None:
         """Put `value` there, or nothing when it is `MISSING`."""
@@ -467,7 +472,7 @@ class State:
         own = _tree.own_dict(value)
         if own is not None:
             self._attributes(value.__dict__, name, found)
-        for key in _tree._attributes(value):
+        for key in _tree.slot_names(type(value)):
             if own is None or key not in own:
                 self._slot(Slot(value, key, _join(name, key)), found, single=True)
         self._class(type(value), name, found)

@@ -228,14 +228,22 @@ def own_dict(value: Any) -> dict[str, Any] | None:
 
 def _attributes(value: Any) -> dict[str, Any]:
     found = dict(own_dict(value) or ())
-    for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
+    for name in slot_names(type(value)):
+        with contextlib.suppress(AttributeError):
+            found[name] = object.__getattribute__(value, name)
+    return found
+
+
+def slot_names(cls: type) -> list[str]:
+    """The attributes for which objects of a class have places, set or not."""
+    found = []
+    for base in cls.__mro__:
+        slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name.startswith("__") and not name.endswith("__"):
-                name = f"_{cls.__name__.lstrip('_')}{name}"
+                name = f"_{base.__name__.lstrip('_')}{name}"
             if name not in ("__dict__", "__weakref__"):
-                with contextlib.suppress(AttributeError):
-                    found[name] = object.__getattribute__(value, name)
+                found.append(name)
     return found
 
 
