@@ -41,16 +41,33 @@ class Relied:
             weakref.ref(e.function) for e in ran.entries if e.function and not e.library
         ]
 
+    def simple(self) -> dict[str, str]:
+        """The numbers, strings and the like that the program's own code names, as text."""
+        found: dict[str, str] = {}
+        self._list({}, {}, found)
+        return found
+
     def lines(self, verbose: bool) -> list[str]:
         """One line for each value that the program's own code names, and one for all else."""
         values: dict[str, None] = {}
         objects: dict[str, None] = {}
+        self._list(values, objects, {})
+        if verbose:
+            return [*values, *objects, self._rest(False)]
+        return [*values, self._rest(bool(objects))]
+
+    def _list(
+        self, values: dict[str, None], objects: dict[str, None], found: dict[str, str]
+    ) -> None:
+        """Add a line for each value, and for each object; and to `found`, by name the values."""
 
         def add(name: str, value: Any, kind: str, place: str = "") -> None:
             simple = type(value) in (*_tree.SIMPLE_TYPES, tuple)
             place = place or self._place(name)
-            text = f"{name} = {_short(value)} ({kind}{place and f', read at {place}'})"
+            text = f"{name} = {short(value)} ({kind}{place and f', read at {place}'})"
             (values if simple and place else objects)[text] = None
+            if simple and place:
+                found[name] = short(value)
 
         for content, path in self._attributes:
             for key, value in content.items():
@@ -89,15 +106,13 @@ class Relied:
             for name, value in given:
                 add(f"{function.__name__}({name})", value, "default argument", place)
         for container in self._sets:
-            objects[f"the items of a {type(container).__name__}: {_short(container)}"] = None
+            objects[f"the items of a {type(container).__name__}: {short(container)}"] = None
         for slot, text in self.tensors:
             place = self._place(slot.name)
             values[f"{slot.name}: {text} (tensor{place and f', read at {place}'})"] = None
         for name, setting in self.settings:
             values[f"{name} = {setting} (setting)"] = None
-        if verbose:
-            return [*values, *objects, self._rest(False)]
-        return [*values, self._rest(bool(objects))]
+            found[name] = setting
 
     @staticmethod
     def _rest(objects: bool) -> str:
@@ -135,7 +150,8 @@ class Relied:
         return "weak reference" if isinstance(slot, _lift.AliveSlot) else "attribute"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in few words."""
     if type(value) in _tree.SIMPLE_TYPES:
         text = repr(value)
     elif isinstance(value, (tuple, list, dict, set, frozenset)):

@@ -28,13 +28,16 @@ from torch_lazy_ext import (
     _lower,
     _namespaces,
     _optimizers,
+    _policy,
     _record,
     _text,
     _tree,
+    _why,
 )
 from torch_lazy_ext._errors import ExtractionError, GuardError, UnsupportedError
 
 GUARD_FAILURE = ("recapture", "eager", "error")
+IN_VAIN = "captures did not pay"
 OTHER_WAY = "the data took a way that no variant took"
 UNINITIALIZED = "the program has uninitialized parameters, which its first call initializes eagerly"
 
@@ -183,6 +186,9 @@ class Specialization(_C.Variant):
             )
             self._set_up(fn, flat, compiler, state, recorder, lowered, ran)
             state.forget()
+        self.seen = _why.Seen(
+            [_why.leaf(v) for v in flat.leaves], self.relied, [repr(g) for g in self.guards]
+        )
 
     def _set_up(
         self,
@@ -952,6 +958,9 @@ class CompiledGraph(_C.Caller):
         self._specializations: list[Specialization] = []  # most recently used first
         self._lock = threading.Lock()
         self._warned = False
+        self._policy = _policy.Policy(limit)
+        self._dropped_hits = 0  # of variants that are kept no more
+        self._block = 0  # calls that were to run eagerly at last, without a look at the variants
         self._eager_calls: collections.Counter[str] = collections.Counter()  # by reason
         if not isinstance(fn, nn.Module):
             functools.update_wrapper(self, fn, updated=())
@@ -978,11 +987,13 @@ class CompiledGraph(_C.Caller):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], verify_layouts: bool = False
     ) -> Specialization:
         flat = _tree.flatten((args, kwargs))
+        begin = _policy.now()
         specialization = Specialization(
             self._fn, args, kwargs, flat, self._compiler, verify_layouts
         )
         specialization.owner = weakref.ref(self)
         with self._lock:
+            self._policy.captured(_policy.now() - begin)
             kept = [s for s in self._specializations if not s._stale]
             self._keep([specialization, *kept][: self._limit])
         return specialization
@@ -999,6 +1010,8 @@ class CompiledGraph(_C.Caller):
     def _keep(self, specializations: list[Specialization]) -> None:
         # The C++ half holds none of them: it has to know them before others go.
         self._set_variants(specializations)
+        kept = set(map(id, specializations))
+        self._dropped_hits += sum(s.hits for s in self._specializations if id(s) not in kept)
         self._specializations = specializations
 
     def _serve(
@@ -1011,6 +1024,7 @@ class CompiledGraph(_C.Caller):
         """Answer a call that the C++ half could not: none of the variants fits, or `tried`, the
         first that does, ended with `error`."""
         matching = 0
+        begin = _policy.now()
         failed: list[Specialization] = []
         observed: list[torch.Tensor] = []
         for specialization in list(self._specializations):
@@ -1040,6 +1054,7 @@ class CompiledGraph(_C.Caller):
                     error = None  # which has this frame in its traceback
             self._touch(specialization)
             return result
+        self._policy.missed(self._hits())
         if failed:
             if self._on_guard_failure == "error":
                 raise GuardError(self._failure(failed[-1], observed))
@@ -1047,8 +1062,51 @@ class CompiledGraph(_C.Caller):
                 return self._eagerly(args, kwargs, OTHER_WAY)
             if matching >= self._limit:
                 self._warn(failed[-1], observed)
-                return self._eagerly(args, kwargs, OTHER_WAY)
+                return self._in_vain(args, kwargs, OTHER_WAY, begin)
+        if not self._policy.may_capture():
+            self._warn_of_captures(args, kwargs)
+            return self._in_vain(args, kwargs, IN_VAIN, begin)
         return self._capture_and_run(args, kwargs)
+
+    def _hits(self) -> int:
+        return self._dropped_hits + sum(s.hits for s in list(self._specializations))
+
+    def _in_vain(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str, begin: float
+    ) -> Any:
+        """Run a call eagerly that is not worth a capture; it was looked at since `begin`."""
+        self._settle_block(reason)
+        looked = _policy.now()
+        result = self._eagerly(args, kwargs, reason)
+        with self._lock:
+            # The C++ half has looked at the variants before.
+            look = 2 * (looked - begin)
+            self._block = self._policy.ran_eagerly(look, _policy.now() - looked)
+            self._calls_left = self._block
+        return result
+
+    def _settle_block(self, reason: str) -> None:
+        """Count the calls that ran eagerly without a look at the variants."""
+        with self._lock:
+            ran = self._block - self._calls_left
+            self._block = self._calls_left
+            if ran > 0:
+                self._eager_calls[reason] += ran
+
+    def _warn_of_captures(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        captures = [s.seen for s in self._specializations]
+        differences = _why.differences(_why.names(self._fn, args, kwargs), captures)
+        told = "; ".join(differences) or "they differ in objects that are not the same ones"
+        warnings.warn(
+            f"{self._policy.captures} captures of a graph have answered hardly any other call: "
+            f"{told}. Such calls run eagerly from now on, and a capture is tried again ever more "
+            "seldom: make a tensor of what changes, raise `limit` where the same come again, or "
+            "keep it out of the program",
+            stacklevel=4,
+        )
 
     def _eagerly(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str, surprise: bool = False
@@ -1204,6 +1262,7 @@ class CompiledGraph(_C.Caller):
             )
             lines += [f"  guard: {guard!r}" for guard in s.guards] or ["  no guards"]
             lines += [f"  relies on {text}" for text in s.relied.lines(verbose)]
+        self._settle_block(IN_VAIN)
         for reason, count in self._eager_calls.items():
             lines.append(f"{count} call{'s' * (count != 1)} ran eagerly: {reason}")
         return "\n".join(lines) + "\n"

@@ -732,6 +732,11 @@ PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
     const py::object program = py::handle(self).attr("_fn");
     return PyObject_Call(program.ptr(), args, kwargs);
   }
+  if (eager_calls > 0) {
+    --eager_calls;
+    const py::object program = py::handle(self).attr("_fn");
+    return PyObject_Call(program.ptr(), args, kwargs);
+  }
   for (size_t i = 0; i < variants.size(); ++i) {
     // Held: another thread may drop it meanwhile.
     const auto held = py::reinterpret_borrow<py::object>(variants[i].first);
@@ -912,6 +917,7 @@ void bind_call(py::module_& m) {
                        type->ht_type.tp_call = &caller_call;
                      }))
       .def(py::init<>())
+      .def_readwrite("_calls_left", &Caller::eager_calls)
       .def("_set_variants", [](Caller& c, const py::list& variants) {
         c.variants.clear();
         for (const py::handle& v : variants) {

@@ -201,6 +201,8 @@ class Variant {
 class Caller {
  public:
   PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs);
+  // So many calls run the program itself, before the variants are looked at again.
+  int64_t eager_calls = 0;
   // Borrowed; the Python half holds them.
   std::vector<std::pair<PyObject*, Variant*>> variants;
 };

@@ -1470,9 +1470,10 @@ void Recorder::record(const c10::OperatorHandle& op, Stack* stack) {
     // The answer is guarded, not the operands: it is a node of the graph.
     const at::Tensor self = (*stack)[stack->size() - 2].toTensor();
     const at::Tensor other = (*stack)[stack->size() - 1].toTensor();
-    if (self.sizes() == other.sizes() && self.scalar_type() == other.scalar_type()) {
+    if (self.scalar_type() == other.scalar_type()) {
+      const bool same_sizes = self.sizes() == other.sizes();
       torch::jit::drop(*stack, count);
-      stack->emplace_back(at::eq(self, other).all().item<bool>());
+      stack->emplace_back(same_sizes && at::eq(self, other).all().item<bool>());
       return;
     }
   }
