@@ -130,12 +130,21 @@ class Since:
         """What holds any of these, of everything that there is."""
         with Since._lock:
             if not Since._freezes:
-                return gc.get_referrers(*values)
+                return _referrers(values)
             Since._note_fresh()
             gc.unfreeze()
-            found = gc.get_referrers(*values)
+            found = _referrers(values)
             gc.freeze()
             return found
+
+
+def _referrers(values: list[Any]) -> list[Any]:
+    """What the collector knows that holds any of these, but for the arguments of this question.
+
+    Python leaves those out itself up to 3.12; from 3.13 on they are found as well.
+    """
+    arguments = tuple(values)  # which a call passes on as it is
+    return [found for found in gc.get_referrers(*arguments) if found is not arguments]
 
 
 def _collect() -> None:
