@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _lift, _tree
+from torch_lazy_ext import _C, _lift, _moving, _tree
 from torch_lazy_ext._errors import UnsupportedError
 
 # As they are, also while a capture has them replaced.
@@ -306,8 +306,8 @@ class Autograd:
         if self._user_of(tensor) is not None:
             raise self._refusal(
                 "the program reads the version counter of a tensor that it was given "
-                "(torch.Tensor._version), which each call finds elsewhere: compare values, or read "
-                "it before the call"
+                f"(torch.Tensor._version, at {_moving.user_line()}), which each call finds "
+                "elsewhere: compare values, or read it before the call"
             )
         return func(tensor)
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from torch_lazy_ext import _moving
 from torch_lazy_ext._errors import UnsupportedError
 
 
@@ -37,11 +38,12 @@ def _group(group: Any) -> Any:
 
 
 def _reduction(op: Any) -> str:
+    op = getattr(op, "op", op)  # with a factor, it is an object around its name
     name = str(op).rpartition(".")[2].lower()
     if name not in ("sum", "avg", "product", "min", "max", "band", "bor", "bxor"):
         raise UnsupportedError(
-            f"the program reduces with {op}, which the functional collectives do not know: scale "
-            "the tensor, and sum"
+            f"the program reduces with {op} (at {_moving.user_line()}), which the functional "
+            "collectives do not know: scale the tensor, and sum"
         )
     return name
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _lift
+from torch_lazy_ext import _C, _lift, _moving
 from torch_lazy_ext._errors import UnsupportedError
 
 DEFAULT = torch.default_generator  # itself, also while a capture has the name replaced
@@ -251,8 +251,8 @@ class StandIn(torch._C.Generator):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
-            "the program copies or shares the state of a torch.Generator: use get_state() and "
-            "set_state()"
+            "the program copies or shares the state of a torch.Generator (at "
+            f"{_moving.user_line()}): use get_state() and set_state()"
         )
 
     clone_state = graphsafe_get_state = graphsafe_set_state = get_offset = set_offset = _refuse
@@ -260,6 +260,6 @@ class StandIn(torch._C.Generator):
 
 def unrepeatable(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"the program takes a seed from the system ({name}), which no replay can repeat: seed with "
-        "a number, or before the call"
+        f"the program takes a seed from the system ({name}, at {_moving.user_line()}), which no "
+        "replay can repeat: seed with a number, or before the call"
     )

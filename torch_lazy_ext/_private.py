@@ -81,7 +81,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(_BASE, "tolist", "method", "replaced: reads data", _DATA),
     Entry(_BASE, "numpy", "method", "replaced: reads data", _DATA),
     Entry(_BASE, "item", "method", "replaced: reads data", _DATA),
-    Entry(_BASE, "data_ptr", "method", "replaced: refused", "test_readme"),
+    Entry(_BASE, "data_ptr", "method", "replaced: refused", "test_limits"),
     Entry(_BASE, "data", "property", "replaced: assigned data are part of the graph", "test_state"),
     Entry(_BASE, "grad", "property", "replaced: gradients belong to twins", "test_training_step"),
     Entry(_BASE, "requires_grad", "property", "replaced: belongs to twins", "test_gradients"),
@@ -210,7 +210,7 @@ ENTRIES: tuple[Entry, ...] = (
         "test_randomness",
         "(seed)",
     ),
-    Entry("torch.random", "seed", "function", "replaced: refused", "test_readme", "()"),
+    Entry("torch.random", "seed", "function", "replaced: refused", "test_limits", "()"),
     Entry(
         "torch.random",
         "initial_seed",
@@ -301,7 +301,7 @@ ENTRIES: tuple[Entry, ...] = (
         "step",
         "function",
         "replaced: refused",
-        "test_readme",
+        "test_limits",
         "(self, closure)",
     ),
     Entry(

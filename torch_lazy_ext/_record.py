@@ -207,7 +207,7 @@ class Capture:
             if dtype != shared.tensor.dtype or shared.offset % made.itemsize:
                 raise self.refusal(
                     "the program makes a tensor of another dtype over an array that shares the "
-                    "memory of a tensor: use Tensor.view(dtype)"
+                    f"memory of a tensor (at {_moving.user_line()}): use Tensor.view(dtype)"
                 )
             offset = shared.tensor.storage_offset() + shared.offset // made.itemsize
             made = shared.tensor.as_strided(made.shape, strides, offset).data
@@ -288,8 +288,9 @@ class Capture:
 
     def lbfgs(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         raise self.refusal(
-            "torch.optim.LBFGS decides by the values of loss and gradients how often it calls its "
-            "closure: extract what the closure calls, and leave the optimizer outside"
+            f"torch.optim.LBFGS (at {_moving.user_line()}) decides by the values of loss and "
+            "gradients how often it calls its closure: extract what the closure calls, and leave "
+            "the optimizer outside"
         )
 
     def get_rng_state(self, func: Any) -> torch.Tensor:
@@ -374,9 +375,9 @@ class Capture:
         layout = (new.shape, new.dtype, new.stride())
         if layout != (twin.shape, twin.dtype, twin.stride()) and not _C.is_capture_tensor(tensor):
             raise self.refusal(
-                f"an assignment to `.data` changes a tensor of shape {tuple(twin.shape)} and "
-                f"type {twin.dtype} to {tuple(new.shape)} and {new.dtype} during the capture: "
-                "convert the module before the capture"
+                f"an assignment to `.data` (at {_moving.user_line()}) changes a tensor of shape "
+                f"{tuple(twin.shape)} and type {twin.dtype} to {tuple(new.shape)} and {new.dtype} "
+                "during the capture: convert the module before the capture"
             )
         old_about, new_about = self.recorder.describe(twin), self.recorder.describe(new)
         if old_about.storage == new_about.storage and old_about.value == new_about.value:
@@ -485,7 +486,8 @@ class Capture:
         base = func(tensor if user is None else user)
         if user is not None and base is not None:
             raise self.refusal(
-                "the program reads `_base` of a tensor that it was given: pass the base itself"
+                "the program reads `_base` of a tensor that it was given (at "
+                f"{_moving.user_line()}): pass the base itself"
             )
         return base
 
@@ -532,9 +534,9 @@ class Capture:
         if not _C.is_capture_tensor(tensor):
             return self._standalone(func, tensor, *args, **kwargs)
         raise self.refusal(
-            f"the program wants the memory of a tensor (torch.Tensor.{func.__name__}), and "
-            "there is none while it is captured: compute with tensors, or read values with "
-            "tolist() or numpy()"
+            f"the program wants the memory of a tensor (torch.Tensor.{func.__name__}, at "
+            f"{_moving.user_line()}), and there is none while it is captured: compute with "
+            "tensors, or read values with tolist() or numpy()"
         )
 
 
@@ -651,8 +653,9 @@ def _adopt(
         if grad is not None and seen:
             if not recorder.is_liftable(grad):
                 raise refusal(
-                    f"the program uses a gradient that is {_C.unsupported_kind(grad)}, which a "
-                    "graph cannot hold: set it to None, or make it dense, before the call"
+                    f"the program uses a gradient that is {_C.unsupported_kind(grad)} (at "
+                    f"{_moving.user_line()}), which a graph cannot hold: set it to None, or make "
+                    "it dense, before the call"
                 )
             twin.grad = recorder.twin_of(grad)
     return twin
@@ -1120,7 +1123,10 @@ class Recording:
         finally:
             changes = self._state.take_back()
         self._capture.check_random_position()
-        changed = [f"{type(c.owner).__name__} ({c.key!r})" for c in changes]
+        changed = [
+            type(c.owner).__name__ + ("" if c.key is _lift.CONTENT else f" ({c.key!r})")
+            for c in changes
+        ]
         for container, old in zip(self.containers, before):
             now = _tree.parts(container)
             assert now is not None and old is not None
