@@ -35,8 +35,6 @@ NOT_SHOWN = {
     "the program puts another evaluator of frames, or a profile function, in place": "which of the "
     "two is seen depends on the release of Python: a profile function up to 3.10, and an evaluator, "
     "which only C code can put in place, since",
-    "the program writes a result that requires grad to a tensor that it was given, and": "PyTorch's "
-    "own error about a view made under no_grad has come before in all programs that were tried",
     "what the backend ": "code that fails halfway in a later call: test_backend_errors plants it",
     " in a lowered graph is no operator of PyTorch's": "a graph that another tool has changed",
     # C++
