@@ -499,9 +499,9 @@ class Capture:
                 func(tensor, memo)  # which raises
             if twin.storage_offset() or not _is_dense(twin):
                 raise self.refusal(
-                    f"the program makes a deep copy (at {_moving.user_line()}) of a tensor that shows "
-                    "a part of its memory, or one place of it several times, which copies all of "
-                    "that: clone it instead"
+                    f"the program makes a deep copy (at {_moving.user_line()}) of a tensor that "
+                    "shows a part of its memory, or one place of it several times, which copies "
+                    "all of that: clone it instead"
                 )
             copy = twin.detach().clone()
             memo[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
