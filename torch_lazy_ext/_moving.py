@@ -174,6 +174,9 @@ class Moment:
     __copy__ = __deepcopy__ = __reduce_ex__ = refuse
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            # C code asks whether this is an array, say, and takes no other error for a no.
+            raise AttributeError(f"'float' object has no attribute {name!r}")
         self.refuse()
 
 

@@ -1259,7 +1259,8 @@ def _record(
         recorder.release()
         if shared_writes:
             raise SharedStorage(shared_writes) from None
-        if isinstance(error, TypeError) and capture.moving.clock:
+        misused = isinstance(error, TypeError) or _moving.Moment.__name__ in str(error)
+        if misused and capture.moving.clock:
             recorder.refusal = capture.moving.clock
         if not isinstance(error, UnsupportedError):
             _check_refusal(recorder)
