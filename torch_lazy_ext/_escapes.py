@@ -9,12 +9,14 @@ collect cycles of garbage, and then to look for the holder, whose name is in the
 
 from __future__ import annotations
 
-import collections.abc
+import functools
 import gc
+import itertools
 import sys
 import threading
 import time
 import types
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -45,8 +47,8 @@ class Since:
     is given to another object meanwhile is that of an object made since all the same.
 
     Captures of several threads take turns: each changes the state of its program for a time, which
-    another one may share, and each counts references. But a program that waits for the capture of
-    another thread must not wait for ever: after `PATIENCE` they overlap.
+    another one may share. But a program that waits for the capture of another thread must not wait
+    for ever: after `PATIENCE` they overlap, which this class is made for.
     """
 
     _turn = threading.RLock()
@@ -68,7 +70,14 @@ class Since:
                 Since._rests = not Since._freezes and gc.isenabled()
                 if Since._rests:
                     gc.disable()
-            Since._set_aside()
+            calls: list[Callable[[], Any]] = [gc.unfreeze, gc.freeze]
+            if not Since._freezes:
+                calls = [functools.partial(gc.collect, 1)]
+            if Since._all:
+                Since._set_aside(*calls)
+            else:
+                for call in calls:
+                    call()
             Since._all.append(self)
         return self
 
@@ -90,29 +99,22 @@ class Since:
                 gc.enable()
 
     @staticmethod
-    def _fresh() -> list[Any]:
-        """What was made since the last call of `_set_aside`."""
-        return gc.get_objects() if Since._freezes else gc.get_objects(generation=0)
-
-    @staticmethod
-    def _note_fresh() -> None:
-        if Since._all:
-            young = set(map(id, Since._fresh()))
-            for since in Since._all:
-                since._young |= young
-
-    @staticmethod
-    def _set_aside() -> None:
-        Since._note_fresh()
-        if Since._freezes:
-            gc.unfreeze()
-            gc.freeze()
-        else:
-            gc.collect(1)
+    def _set_aside(*calls: Callable[[], Any], generations: Sequence[int | None] = ()) -> list[Any]:
+        """Note what was made since this was last called, and at once, as one step, call `calls`."""
+        generations = generations or ([None] if Since._freezes else [0])
+        young, *results = _at_once(
+            [functools.partial(gc.get_objects, g) for g in generations], calls
+        )
+        for since in Since._all:
+            since._young |= young
+        return results
 
     def made(self) -> Made:
         with Since._lock:
-            return Made(self._young.union(map(id, Since._fresh())))
+            (young,) = _at_once(
+                [functools.partial(gc.get_objects, None if Since._freezes else 0)], []
+            )
+            return Made(self._young | young)
 
     def collect(self) -> None:
         """Collect cycles of garbage among what was made since."""
@@ -121,21 +123,36 @@ class Since:
                 _collect()
                 return
             # A capture that began later has set some of it aside.
-            Since._note_fresh()
-            gc.unfreeze()
+            Since._set_aside(gc.unfreeze)
             _collect()
-            gc.freeze()
+            # Other threads have gone on: what they made is all that is young now.
+            Since._set_aside(gc.freeze, generations=(0, 1))
 
     def referrers(self, values: list[Any]) -> list[Any]:
         """What holds any of these, of everything that there is."""
         with Since._lock:
+            search = functools.partial(gc.get_referrers, *values)
             if not Since._freezes:
-                return gc.get_referrers(*values)
-            Since._note_fresh()
-            gc.unfreeze()
-            found = gc.get_referrers(*values)
-            gc.freeze()
+                return search()
+            found: list[Any]
+            _none, found, _none = Since._set_aside(gc.unfreeze, search, gc.freeze)
             return found
+
+
+def _at_once(
+    objects: list[Callable[[], list[Any]]], calls: Iterable[Callable[[], Any]]
+) -> list[Any]:
+    """The ids of what `objects` give, as a set, and then what `calls` return.
+
+    Python lets other threads run between two of its own instructions. There is none here: every
+    function that is called is one of C, and calls the next.
+    """
+    lists = map(next, [iter(function, _NEVER) for function in objects])
+    ids = map(set, [map(id, itertools.chain.from_iterable(lists))])
+    return list(map(next, [ids, *(iter(function, _NEVER) for function in calls)]))
+
+
+_NEVER = object()  # returned by none of them
 
 
 def _collect() -> None:
@@ -153,7 +170,7 @@ def _collections() -> int:
 class Made:
     """The objects that were made since."""
 
-    def __init__(self, ids: collections.abc.Set[int]) -> None:
+    def __init__(self, ids: Set[int]) -> None:
         self._ids = ids
 
     def __contains__(self, value: object) -> bool:

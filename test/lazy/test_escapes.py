@@ -19,6 +19,7 @@ import unittest
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from oracle import Call, check, extract_untouched, tensors
@@ -567,7 +568,22 @@ class CollectorTest(unittest.TestCase):
         self.assertGreater(gc.get_freeze_count(), count * 0.9)
         ResultTest("test_results").test_results()
 
+    def test_overlapping_in_threads(self):
+        with mock.patch.object(_escapes, "PATIENCE", 0.0):
+            self.test_in_threads()
+
+    def test_overlapping_beside_what_the_user_froze(self):
+        gc.freeze()
+        self.addCleanup(gc.unfreeze)
+        with mock.patch.object(_escapes, "PATIENCE", 0.0):
+            self.check_threads()
+        self.assertTrue(gc.isenabled())
+
     def test_in_threads(self):
+        self.check_threads()
+        self.assertLess(gc.get_freeze_count(), _escapes.FROZEN_BY_PYTHON)
+
+    def check_threads(self):
         errors = []
 
         def run():
@@ -583,7 +599,6 @@ class CollectorTest(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(errors, [])
-        self.assertLess(gc.get_freeze_count(), _escapes.FROZEN_BY_PYTHON)
 
 
 if __name__ == "__main__":
