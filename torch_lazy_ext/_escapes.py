@@ -119,7 +119,10 @@ class Since:
     def collect(self) -> None:
         """Collect cycles of garbage among what was made since."""
         with Since._lock:
-            if not (Since._freezes and self._young):
+            if not Since._freezes:
+                Since._set_aside(_collect)  # after which nothing is young any more
+                return
+            if not self._young:
                 _collect()
                 return
             # A capture that began later has set some of it aside.
