@@ -1109,6 +1109,7 @@ class Recording:
         self.modes: list[tuple[Callable[[Any], object], Any]] = []
         self.made = _escapes.Made(frozenset())
         self.attributes: list[tuple[torch.Tensor, str, Any]] = []
+        self.noted: list[_C.Ran] = []
 
     def resume(self, backward: Callable[[], Any]) -> Any:
         """Record a backward after the program.
@@ -1118,11 +1119,24 @@ class Recording:
         """
         before = [_tree.parts(c) for c in self.containers]
         assigned, gradients = len(self._capture.assigned), len(self._capture.gradients)
+        noted = _code.note(self._state.enter)
         try:
-            with torch.autocast("cpu", enabled=False):  # as eager recommends for backward()
-                result = self._capture.resume(backward)
+            # As eager recommends for backward().
+            with torch.autocast("cpu", enabled=False), self.moving.in_place_of(self._state):
+                noted.start()
+                try:
+                    result = self._capture.resume(backward)
+                finally:
+                    noted.stop()
         finally:
+            drawn = self.moving.put_back()
             changes = self._state.take_back()
+        # Hooks and custom functions. PyTorch's own way to the engine reads nothing of the program.
+        if not all(_code.Entry(*e).library for e in noted.entries):
+            self.noted.append(noted)
+            self.ran = _code.Ran(self.noted, self._capture.variables)
+        if drawn:
+            raise _moving.drawn_from(drawn[0])
         self._capture.check_random_position()
         changed = [
             type(c.owner).__name__ + ("" if c.key is _lift.CONTENT else f" ({c.key!r})")
@@ -1294,7 +1308,8 @@ def _record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
-    recording.ran = _code.Ran(noted, capture.variables)
+    recording.noted = [noted]
+    recording.ran = _code.Ran(recording.noted, capture.variables)
     del noted, context, variables
     if drawn:
         recorder.release()

@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import random
 import unittest
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -1109,6 +1110,64 @@ class WritingBackwardTest(unittest.TestCase):
 
         with self.assertRaisesRegex(UnsupportedError, "backward of the program writes to a tensor"):
             extract_compiled_graph(program, (torch.ones(3, requires_grad=True),))
+
+
+class Scales(torch.autograd.Function):
+    factor = 2.0
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * Scales.factor
+
+
+class Jitters(Scales):
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * random.random()
+
+
+class HookedBySelf(nn.Module):
+    factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        y.register_hook(self.scale)
+        return y
+
+    def scale(self, gradient: Tensor) -> Tensor:
+        return gradient * self.factor
+
+
+class ReadingBackwardTest(unittest.TestCase):
+    """What a backward or a hook reads of Python counts like what the program reads."""
+
+    def follows(self, program: Program, owner: Any) -> None:
+        self.addCleanup(setattr, owner, "factor", 2.0)
+        owner.factor = 2.0
+        graph = extract_compiled_graph(program, (torch.ones(2, requires_grad=True),))
+        for factor in (2.0, 5.0, 2.0):
+            owner.factor = factor
+            x = torch.ones(2, requires_grad=True)
+            graph(x).sum().backward()
+            self.assertEqual(x.grad.tolist(), [factor, factor])
+        self.assertEqual(len(graph.specializations), 2)
+
+    def test_of_a_function(self) -> None:
+        self.follows(Scales.apply, Scales)
+
+    def test_of_a_hook(self) -> None:
+        module = HookedBySelf()
+        self.follows(module, module)
+
+    def test_drawn_numbers_are_refused(self) -> None:
+        before = random.getstate()
+        with self.assertRaisesRegex(UnsupportedError, "draws numbers from Python's random"):
+            extract_compiled_graph(Jitters.apply, (torch.ones(2, requires_grad=True),))
+        self.assertEqual(random.getstate(), before)
 
 
 class HistoryTest(unittest.TestCase):
