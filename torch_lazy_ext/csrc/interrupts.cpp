@@ -77,7 +77,10 @@ bool in_main_thread() {
   const int now = forks;
   if (asked != now) {
     const auto thread = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(main_thread));
-    answer = thread && thread.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+    if (!thread) {
+      throw py::error_already_set(); // of the handler of a signal that came just then
+    }
+    answer = thread.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
     asked = now;
   }
   return answer;
@@ -112,7 +115,12 @@ bool is_synchronous(int number) {
 }
 
 int run_pending(void* /*unused*/) {
-  return run_handlers();
+  try {
+    return run_handlers();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return -1;
+  }
 }
 
 void give_back() {
