@@ -119,9 +119,9 @@ class Ran:
         variables: the names of environment variables that it asked for, as the system has them.
     """
 
-    def __init__(self, noted: list[_C.Ran], variables: set[bytes]) -> None:
+    def __init__(self, noted: _C.Ran, variables: set[bytes], before: Iterable[Entry] = ()) -> None:
         self.variables = variables
-        self.entries = [Entry(*e) for n in noted for e in n.entries]
+        self.entries = [*before, *(Entry(*e) for e in noted.entries)]
         # The methods of a class that the program has made: nothing outside can change it.
         self.entries = [
             e._replace(first=None) if e.first is not None and _made_inside(e) else e

@@ -1109,7 +1109,6 @@ class Recording:
         self.modes: list[tuple[Callable[[Any], object], Any]] = []
         self.made = _escapes.Made(frozenset())
         self.attributes: list[tuple[torch.Tensor, str, Any]] = []
-        self.noted: list[_C.Ran] = []
 
     def resume(self, backward: Callable[[], Any]) -> Any:
         """Record a backward after the program.
@@ -1133,8 +1132,7 @@ class Recording:
             changes = self._state.take_back()
         # Hooks and custom functions. PyTorch's own way to the engine reads nothing of the program.
         if not all(_code.Entry(*e).library for e in noted.entries):
-            self.noted.append(noted)
-            self.ran = _code.Ran(self.noted, self._capture.variables)
+            self.ran = _code.Ran(noted, self._capture.variables, self.ran.entries)
         if drawn:
             raise _moving.drawn_from(drawn[0])
         self._capture.check_random_position()
@@ -1308,8 +1306,7 @@ def _record(
         recorder.release()
         raise SharedStorage(shared_writes)
     _check_refusal(recorder)
-    recording.noted = [noted]
-    recording.ran = _code.Ran(recording.noted, capture.variables)
+    recording.ran = _code.Ran(noted, capture.variables)
     del noted, context, variables
     if drawn:
         recorder.release()
