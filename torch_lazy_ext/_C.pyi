@@ -39,6 +39,7 @@ __all__: list[str] = [
     "claim_dispatch_key",
     "cut",
     "drop_hooks",
+    "grad_of",
     "has_tangent",
     "hook_calls",
     "hook_method",
@@ -456,6 +457,11 @@ def cut(
 def drop_hooks(arg0: torch.Tensor) -> None:
     """
     Take the hooks from a tensor that stands for one of the user's.
+    """
+
+def grad_of(arg0: torch.Tensor) -> torch.Tensor | None:
+    """
+    The gradient of a tensor, leaf or not: `Tensor.grad` warns where nobody has asked for one.
     """
 
 def has_tangent(arg0: torch.Tensor) -> bool:

@@ -1456,7 +1456,7 @@ class _Sources:
                 if about.captured:
                     self._sharing[about.storage] = self._sharing.get(about.storage, 0) + 1
                     self._note_edge(value)
-                    if about.lifted < 0 and (grad := grad_of(value)) is not None:
+                    if about.lifted < 0 and (grad := _C.grad_of(value)) is not None:
                         stack.append(grad)
                     stack.extend(vars(value).values())
                 continue
@@ -1497,7 +1497,7 @@ class _Sources:
                 return source
             if value.requires_grad and value.is_leaf:
                 self._note_hooks(value, source)
-            if value.requires_grad and (grad := grad_of(value)) is not None:
+            if value.requires_grad and (grad := _C.grad_of(value)) is not None:
                 self.grads.append((source, self.of(grad)))
             if vars(value):
                 attributes = {key: self.of(held) for key, held in vars(value).items()}

@@ -128,6 +128,16 @@ void bind_autograd(py::module_& m) {
       },
       "The functions that a backward calls when it comes by a tensor, of four kinds.");
   m.def(
+      "grad_of",
+      [](const at::Tensor& t) -> std::optional<at::Tensor> {
+        const auto* meta = torch::autograd::impl::get_autograd_meta(t);
+        if (meta == nullptr || !meta->grad_.defined()) {
+          return std::nullopt;
+        }
+        return meta->grad_;
+      },
+      "The gradient of a tensor, leaf or not: `Tensor.grad` warns where nobody has asked for one.");
+  m.def(
       "drop_hooks",
       [](const at::Tensor& t) {
         torch::autograd::impl::clear_hooks(t);
