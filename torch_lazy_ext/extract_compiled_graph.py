@@ -27,8 +27,8 @@ def extract_compiled_graph(
         example_args: the positional arguments, any pytree each.
         example_kwargs: the keyword arguments.
         limit: how many variants (other shapes, dtypes, Python values, ways of the data) are kept.
-            The least recently used one goes first; when the data alone would need more, such calls
-            run eagerly, with one warning.
+            The least recently used one goes first; when the data alone would need more, or captures
+            do not pay (`_policy.py`), such calls run eagerly, with one warning.
         on_guard_failure: what to do when the data takes a way that no variant took: "recapture",
             run this call in "eager", or raise a GuardError ("error").
         backend: what runs the graphs: "torchscript", ready in milliseconds; "inductor", native code
