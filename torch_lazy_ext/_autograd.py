@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -139,11 +139,17 @@ class Hooked:
 
     def restore(self) -> bool:
         """Put the hooks of the user's tensor back; returns whether any was gone."""
-        changed = [(now, before) for now, before in self._dicts if dict(now) != before]
-        for now, before in changed:
-            now.clear()
-            now.update(before)
-        return bool(changed)
+        changed = [_put_back(now, before) for now, before in self._dicts]
+        return any(changed)
+
+
+def _put_back(now: dict[int, Any], before: dict[int, Any]) -> bool:
+    """Give a dictionary of hooks those that it had; returns whether it had others by now."""
+    if dict(now) == before:
+        return False
+    now.clear()
+    now.update(before)
+    return True
 
 
 def _call_with(hook: Callable[[torch.Tensor], Any], seen: torch.Tensor, _twin: Any) -> Any:
@@ -175,6 +181,7 @@ class Autograd:
     ) -> None:
         self.recorder = recorder
         self.hooked: dict[int, Hooked] = {}
+        self._watched: list[tuple[dict[int, Any], dict[int, Any]]] = []  # and what they held
         self.retained: dict[int, torch.Tensor] = {}
         self.reads_leaf = False
         self.ran = False
@@ -313,9 +320,17 @@ class Autograd:
 
     # ------------------------------------------------------------------ the end
 
+    def watch(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note the hooks of tensors that the program may reach, and need not come by."""
+        for tensor in tensors:
+            for hooks in (_hooks_of_tensor(tensor), _hooks_after(tensor)):
+                if hooks:
+                    self._watched.append((hooks, dict(hooks)))
+
     def restore(self) -> None:
         """Put back the hooks that the program took from tensors of the user's."""
         removed = [hooked.restore() for hooked in self.hooked.values()]
+        removed += [_put_back(now, before) for now, before in self._watched]
         self._removed = any(removed)
 
     def finish(self) -> list[tuple[torch.Tensor, str, Any]]:

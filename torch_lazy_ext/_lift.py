@@ -214,6 +214,7 @@ class State:
         arrays: numpy arrays.
         weak: ids of what weak references refer to.
         bare: functions without attributes.
+        entered_more: called when a function has started that the walk had not come to.
         dynamic: whether it holds something that finds attributes by names of its own.
     """
 
@@ -249,6 +250,7 @@ class State:
         self._globals: dict[int, set[str]] = {}  # by id of the dictionary, which were looked into
         self._of_library: dict[type, bool] = {}
         self.bare: list[types.FunctionType] = []
+        self.entered_more: Callable[[], None] | None = None
         self.weak: set[int] = set()
         self._make: Callable[[torch.Tensor], Any] | None = None
         # Attributes that functions of the program name, and what PyTorch itself calls.
@@ -621,6 +623,8 @@ class State:
             self._walk(found)
         if self._make is not None:
             self.put_numbers(self._make)
+        if self.entered_more is not None:
+            self.entered_more()
 
     def forget(self) -> None:
         """Let go of the objects that were there, which may go while this is still held."""

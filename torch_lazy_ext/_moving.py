@@ -346,8 +346,11 @@ class Moving:
     @contextlib.contextmanager
     def in_place_of(self, state: _lift.State) -> Iterator[None]:
         """Put stand-ins in the place of what moves among the program's state."""
-        with contextlib.ExitStack() as undo:
-            for slot, value in state.values:
+        values = functions = 0
+
+        def put() -> None:
+            nonlocal values, functions
+            for slot, value in state.values[values:]:
                 # What a tuple holds, with the slot that holds the tuple.
                 if type(value) in _tree.SIMPLE_TYPES or isinstance(slot.owner, tuple):
                     continue
@@ -355,9 +358,18 @@ class Moving:
                 if made is not value:
                     slot.write(made)
                     undo.callback(_put_back, slot, value, made)
-            for function in state.functions:
+            for function in state.functions[functions:]:
                 self._defaults(function, undo)
-            yield
+            values, functions = len(state.values), len(state.functions)
+
+        with contextlib.ExitStack() as undo:
+            put()
+            # What functions reach that the program comes to only when it runs.
+            outer, state.entered_more = state.entered_more, put
+            try:
+                yield
+            finally:
+                state.entered_more = outer
 
     def _defaults(
         self, function: types.FunctionType | functools.partial[Any], undo: contextlib.ExitStack

@@ -1244,6 +1244,8 @@ def _record(
     capture.foreign = {id(_owner(v)) for v in before_program if _tree.is_array(v)}
     before = [_tree.parts(c) for c in recording.containers]
     leaves = [(t, t.grad) for t, _slots in state.tensors.values() if t.requires_grad and t.is_leaf]
+    capture.autograd.watch(t for t, _slots in state.tensors.values())
+    capture.autograd.watch(t for t in before_program if isinstance(t, torch.Tensor))
     modes = [get() for get, _set in _MODES]
     state.put_numbers(lambda tensor: Number(tensor, capture))
     noted = _code.note(state.enter)

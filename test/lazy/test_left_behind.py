@@ -603,6 +603,23 @@ class LeftBehindTest(unittest.TestCase):
                 self.doCleanups()
                 self.setUp()
 
+    def test_hooks_that_are_removed(self) -> None:
+        """By their handles, of which the program's tensors know nothing; no backward is run."""
+        state, argument = (torch.ones(2, requires_grad=True) for _ in range(2))
+        handles = [state.register_hook(lambda g: g * 2)]
+        handles.append(argument.register_post_accumulate_grad_hook(lambda t: None))
+        for handle in handles:
+            with self.subTest(hook=handle):
+
+                def program(x: torch.Tensor, handle: Any = handle) -> torch.Tensor:
+                    handle.remove()
+                    return x * state
+
+                with self.assertRaisesRegex(UnsupportedError, "the program removes a hook"):
+                    extract_compiled_graph(program, (argument,))
+        self.assertEqual(len(state._backward_hooks), 1)
+        self.assertEqual(len(argument._post_accumulate_grad_hooks), 1)
+
 
 if __name__ == "__main__":
     unittest.main()

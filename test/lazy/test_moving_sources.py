@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import unittest
 import uuid
 import warnings
@@ -220,6 +221,51 @@ class MovingSourceTest(unittest.TestCase):
         for name, (make, use) in RANDOM.items():
             with self.subTest(name):
                 self.everywhere(make, use, "draws numbers from .*, a .*, which a replay would not")
+
+    def test_come_by_only_then(self):
+        """In the state of functions that the program's own does not lead to."""
+        hidden = types.ModuleType("hidden_by_its_name")
+        exec("def use(x):\n    return x + next(source)\n", vars(hidden))
+        sys.modules[hidden.__name__] = hidden
+        self.addCleanup(sys.modules.pop, hidden.__name__)
+
+        def closed_over(source):
+            return lambda x: x + next(source)
+
+        for place in ("a global", "a closure"):
+            with self.subTest(place):
+                source = itertools.count(1)
+                if place == "a global":
+                    hidden.source, name = source, "use"
+                else:
+                    hidden.inner, name = closed_over(source), "inner"
+
+                def program(x, name=name):
+                    return vars(sys.modules["hidden_" + "by_its_name"])[name](x)
+
+                self.refused(program, (X,), "next value of an iterator that was there before it")
+                self.assertEqual(next(source), 1)
+
+    def test_come_by_in_a_backward(self):
+        source = itertools.count(1)
+
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient * next(source)
+
+        x = torch.ones(2, requires_grad=True)
+        self.refused(Scaled.apply, (x,), "next value of an iterator that was there before it")
+        self.refused(
+            lambda x: torch.autograd.grad(Scaled.apply(x).sum(), x),
+            (x,),
+            "next value of an iterator",
+        )
+        self.assertEqual(next(source), 1)
 
     def test_for_loop(self):
         def program(x):
