@@ -141,12 +141,15 @@ class Guard:
             return list(value.shape) == expected
         return _C.same_bits(value, self.expected)
 
+    @property
+    def what(self) -> str:
+        """What it saw, without the place."""
+        if not self.is_value:
+            return f"shape {tuple(self.expected)}"
+        return f"value {self.expected.tolist()}" if self.expected.numel() <= 8 else "values"
+
     def __repr__(self) -> str:
-        if self.is_value:
-            what = f"value {self.expected.tolist()}" if self.expected.numel() <= 8 else "values"
-        else:
-            what = f"shape {tuple(self.expected)}"
-        return f"{what} at {self.source}" if self.source else what
+        return f"{self.what} at {self.source}" if self.source else self.what
 
 
 class Specialization(_C.Variant):
@@ -1187,7 +1190,8 @@ class CompiledGraph(_C.Caller):
         seen = observed[-1].tolist() if guard.is_value else tuple(observed[-1].shape)
         where = f" at {guard.source}" if guard.source else ""
         return (
-            f"the program looks at its data{where}: the capture saw {guard!r}, this call has {seen}"
+            f"the program looks at its data{where}: the capture saw {guard.what}, "
+            f"this call has {seen}"
         )
 
     def _warn(self, specialization: Specialization, observed: list[torch.Tensor]) -> None:
