@@ -28,7 +28,6 @@ EXPECTED_FAILURES: dict[str, str] = {
 DATA_DEPENDENT: dict[str, str] = {
     "__getitem__": "a mask as index decides about the shape",
     "bincount": "the largest value decides about the shape",
-    "equal": "returns a bool",
     "masked_select": "the mask decides about the shape",
     "nn.functional.ctc_loss": "lengths decide about the shape of what is kept for the backward",
     "nn.functional.one_hot": "checks the range of the classes, and may count them",
