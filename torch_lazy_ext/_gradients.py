@@ -373,6 +373,10 @@ class _Call:
             # As eager's, a gradient has a history where something in it requires grad.
             if any(inputs[i].requires_grad for i in backward.lowered.wrt):
                 _apply(call, values)
+        for root, error, keys in derivative.lowered.spent if torch.is_grad_enabled() else ():
+            leaves = [inputs[i] for i in keys if inputs[i].requires_grad]
+            if leaves:
+                values[root] = _Spent.apply(values[root], error, *leaves)  # type: ignore[no-untyped-call] # PyTorch's own
         gradients = derivative.lowered.gradients
         return [values[gradients[i]] if i in gradients else None for i in self.backward.lowered.wrt]
 

@@ -280,6 +280,7 @@ class Derivative:
         constants: index -> what the program made itself.
         tangents: indices of the tangents of the last differentiation.
         gradients: index of a lifted tensor or earlier tangent -> root.
+        spent: (root, error, indices): gradients whose own backward raises an error.
     """
 
     graph: torch._C.Graph
@@ -290,6 +291,7 @@ class Derivative:
     gradients: dict[int, int]
     guards: list[ValueGuard]
     backwards: list[Backward]
+    spent: list[tuple[int, Exception, list[int]]]
 
 
 @dataclasses.dataclass
@@ -578,11 +580,22 @@ def lower_derivative(
     by_root = {root: gradients[i] for i, root in by_leaf.items() if gradients[i].requires_grad}
     num_exposed = len(roots.values)
     end = len(recorder)
+    backwards: list[Backward] = []
+    spent: list[tuple[int, Exception, list[int]]] = []
     with history.cut(list(by_root.values())):
-        backwards = [
-            _backward(recording, by_root, positions, roots, leaves, history.hidden)
-            for positions in _components(list(by_root.values()))
-        ]
+        for positions in _components(list(by_root.values())):
+            try:
+                backwards.append(
+                    _backward(recording, by_root, positions, roots, leaves, history.hidden)
+                )
+            except (UnsupportedError, FallbackError):
+                raise
+            except Exception as e:
+                # A derivative that PyTorch does not have: eager, too, raises once it is asked for.
+                for root, gradient in (list(by_root.items())[k] for k in positions):
+                    paths = _paths([gradient])
+                    keys = [i for i, leaf in leaves.items() if i >= 0 and id(leaf) in paths]
+                    spent.append((root, _bare(e), keys))
     guards = [
         ValueGuard(roots.add(value), expected, is_value, source)
         for value, expected, is_value, source in recorder.guards()
@@ -603,6 +616,7 @@ def lower_derivative(
         gradients=by_leaf,
         guards=guards,
         backwards=backwards,
+        spent=spent,
     )
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from oracle import check, tensors
+from oracle import check, needs_inductor, tensors
 from torch import Tensor, fx, nn
 
 from torch_lazy_ext import CompiledGraph, ExtractionError, _native, extract_compiled_graph
@@ -75,6 +75,7 @@ ERRORS = (
 )
 
 
+@needs_inductor
 class NativeTest(unittest.TestCase):
     """Code that fails at its first call, or later."""
 
@@ -160,6 +161,7 @@ class NativeTest(unittest.TestCase):
                 self.assertEqual(reasons(caught), [])
 
 
+@needs_inductor
 class UpdateTest(unittest.TestCase):
     """A training step's update writes in place."""
 
@@ -208,6 +210,7 @@ class UpdateTest(unittest.TestCase):
         self.assertGreater(len(made), 1)
 
 
+@needs_inductor
 class ProgramErrorTest(unittest.TestCase):
     """An error that the data makes is the program's own, in eager's words, also from native code."""
 

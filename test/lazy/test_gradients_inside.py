@@ -1142,6 +1142,67 @@ class HookedBySelf(nn.Module):
         return gradient * self.factor
 
 
+class NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise ValueError("there is no further derivative")
+
+
+class SquareOnce(torch.autograd.Function):
+    """A square whose second derivative cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return NoDerivative.apply(x * gradient * 2)
+
+
+class CubeTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return SquareOnce.apply(x) * gradient * 3
+
+
+class NoFurtherDerivativeTest(unittest.TestCase):
+    """An error of a derivative is raised where that derivative is asked for, and not before."""
+
+    def derivatives(self, program: Program) -> list[Any]:
+        x = torch.tensor([1.0, 2.0], requires_grad=True)
+        y, found = program(x), []
+        for _ in range(4):
+            try:
+                (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            except ValueError as e:
+                return [*found, str(e)]
+            found.append(y.tolist())
+        return found
+
+    def test_of_a_function(self) -> None:
+        for program in (SquareOnce.apply, CubeTwice.apply, lambda x: CubeTwice.apply(x * 2) + x):
+            with self.subTest(program):
+                x = torch.ones(2, requires_grad=True)
+                graph = extract_compiled_graph(program, (x,))
+                expected = self.derivatives(program)
+                self.assertEqual(expected[-1], "there is no further derivative")
+                for _ in range(2):
+                    self.assertEqual(self.derivatives(graph), expected)
+
+
 class ReadingBackwardTest(unittest.TestCase):
     """What a backward or a hook reads of Python counts like what the program reads."""
 

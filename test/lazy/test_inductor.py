@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from oracle import check, tensors
+from oracle import check, needs_inductor, tensors
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +40,7 @@ def check_compiled(
 # --- operators that the generated code calls through the dispatcher ------------------------------
 
 
+@needs_inductor
 class DispatcherTest(unittest.TestCase):
     """Operators that Inductor has no code and no C function for, with every type of argument."""
 
@@ -109,6 +110,7 @@ def indexed(i: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+@needs_inductor
 class SizesTest(unittest.TestCase):
     """Only operators whose sizes the data decides keep a graph from being compiled."""
 
@@ -302,6 +304,7 @@ POINTWISE: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@needs_inductor
 class SemanticsTest(unittest.TestCase):
     """All of POINTWISE in one graph for each size and dtype."""
 
