@@ -857,6 +857,7 @@ class TieredTest(unittest.TestCase):
         """The end of the process neither waits for the compiler nor crashes."""
         self.exit_while_compiling("")
 
+    @needs_inductor
     def test_exit_while_the_compiler_starts(self) -> None:
         """This process ends before it knows that the other one has begun."""
         self.exit_while_compiling(
