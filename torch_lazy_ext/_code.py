@@ -87,7 +87,7 @@ def names_within(code: types.CodeType) -> Names:
 
 
 def is_library(thing: Callable[..., Any] | type | types.ModuleType) -> bool:
-    """Whether a function, class or module is one of PyTorch's or the standard library's."""
+    """Whether a function, class or module is one of `LIBRARIES`."""
     if isinstance(thing, types.FunctionType):
         name = thing.__globals__.get("__name__")
     else:

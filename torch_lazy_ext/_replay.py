@@ -963,7 +963,8 @@ class CompiledGraph(_C.Caller):
         self._warned = False
         self._policy = _policy.Policy(limit)
         self._dropped_hits = 0  # of variants that are kept no more
-        self._block = 0  # calls that were to run eagerly at last, without a look at the variants
+        # Calls that were to run eagerly at last, without a look at the variants, and why.
+        self._block, self._block_reason = 0, IN_VAIN
         self._eager_calls: collections.Counter[str] = collections.Counter()  # by reason
         if not isinstance(fn, nn.Module):
             functools.update_wrapper(self, fn, updated=())
@@ -1078,23 +1079,23 @@ class CompiledGraph(_C.Caller):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str, begin: float
     ) -> Any:
         """Run a call eagerly that is not worth a capture; it was looked at since `begin`."""
-        self._settle_block(reason)
+        self._settle_block()
         looked = _policy.now()
         result = self._eagerly(args, kwargs, reason)
         with self._lock:
             # The C++ half has looked at the variants before.
             look = 2 * (looked - begin)
             self._block = self._policy.ran_eagerly(look, _policy.now() - looked)
-            self._calls_left = self._block
+            self._calls_left, self._block_reason = self._block, reason
         return result
 
-    def _settle_block(self, reason: str) -> None:
+    def _settle_block(self) -> None:
         """Count the calls that ran eagerly without a look at the variants."""
         with self._lock:
             ran = self._block - self._calls_left
             self._block = self._calls_left
             if ran > 0:
-                self._eager_calls[reason] += ran
+                self._eager_calls[self._block_reason] += ran
 
     def _warn_of_captures(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._warned:
@@ -1266,7 +1267,7 @@ class CompiledGraph(_C.Caller):
             )
             lines += [f"  guard: {guard!r}" for guard in s.guards] or ["  no guards"]
             lines += [f"  relies on {text}" for text in s.relied.lines(verbose)]
-        self._settle_block(IN_VAIN)
+        self._settle_block()
         for reason, count in self._eager_calls.items():
             lines.append(f"{count} call{'s' * (count != 1)} ran eagerly: {reason}")
         return "\n".join(lines) + "\n"

@@ -45,8 +45,8 @@ def row(make: Callable[[], World]) -> Callable[[], World]:
 def described(value: Any) -> Any:
     """Of a container its items; of a tensor its identity, version and values."""
     if isinstance(value, torch.Tensor):
-        grad = None if not value.is_leaf else described_grad(value.grad)
-        return id(value), value._version, value.requires_grad, value.tolist(), grad
+        grad = value.grad if value.is_leaf else None
+        return id(value), value._version, value.requires_grad, value.tolist(), described(grad)
     if isinstance(value, dict):
         return type(value), [(described(k), described(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple, collections.deque)):
@@ -58,10 +58,6 @@ def described(value: Any) -> Any:
     if isinstance(value, (int, float, str, bytes, bool, type(None))):
         return type(value), value
     return type(value), id(value)
-
-
-def described_grad(grad: torch.Tensor | None) -> Any:
-    return None if grad is None else described(grad)
 
 
 def held(container: Any, change: Callable[[Any, torch.Tensor], object]) -> World:
@@ -195,6 +191,21 @@ def function_attribute() -> World:
     return program, lambda: described(vars(program))
 
 
+def counted(owner: Any) -> World:
+    """A program that changes one attribute of `owner`, and adds another."""
+    owner.count = 0
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        owner.count += 1
+        owner.last = x + 1
+        return x * 2
+
+    def now() -> Any:
+        return described({k: v for k, v in vars(owner).items() if not k.startswith("_")})
+
+    return program, now
+
+
 CALLS = 0
 
 
@@ -210,15 +221,7 @@ def global_variable() -> World:
 
 @row
 def attribute_of_a_module_of_python() -> World:
-    module = types.ModuleType("made_for_a_test")
-    module.count = 0
-
-    def program(x: torch.Tensor) -> torch.Tensor:
-        module.count += 1
-        module.last = x + 1
-        return x * 2
-
-    return program, lambda: described({k: v for k, v in vars(module).items() if k[0] != "_"})
+    return counted(types.ModuleType("made_for_a_test"))
 
 
 @row
@@ -246,21 +249,13 @@ def context_variable() -> World:
 
 @row
 def thread_local() -> World:
-    local = threading.local()
-    local.count = 0
-
-    def program(x: torch.Tensor) -> torch.Tensor:
-        local.count += 1
-        local.last = x + 1
-        return x * 2
-
-    return program, lambda: described(vars(local))
+    return counted(threading.local())
 
 
 @row
 def environment() -> World:
     def program(x: torch.Tensor) -> torch.Tensor:
-        os.environ["TORCH_LAZY_EXT_LEFT_BEHIND"] = str(int(os.environ.get("N", 0)) + 1)
+        os.environ["TORCH_LAZY_EXT_LEFT_BEHIND"] = "1"
         return x * 2
 
     return program, lambda: os.environ.get("TORCH_LAZY_EXT_LEFT_BEHIND")
@@ -454,22 +449,18 @@ def grad_mode() -> World:
 
 
 @row
-def files_of_modules() -> World:
+def module_imported_inside() -> World:
+    module: Any = types.ModuleType("made")
+    module.uses = []
+    sys.modules["this_module_is_made_by_a_test"] = module
+
     def program(x: torch.Tensor) -> torch.Tensor:
         import this_module_is_made_by_a_test as made
 
-        return x * made.FACTOR
+        made.uses.append(1)
+        return x * 2
 
-    sys.modules["this_module_is_made_by_a_test"] = module = types.ModuleType("made")
-    module.FACTOR = 2
-    module.uses = []
-    plain = program
-
-    def counted(x: torch.Tensor) -> torch.Tensor:
-        module.uses.append(1)
-        return plain(x)
-
-    return counted, lambda: described(module.uses)
+    return program, lambda: described(module.uses)
 
 
 @row

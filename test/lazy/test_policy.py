@@ -79,10 +79,12 @@ class GraphTest(unittest.TestCase):
         def program(x: torch.Tensor) -> torch.Tensor:
             return x[: int(x.sum())]
 
-        arguments = [(torch.ones(i + 1),) for i in range(200)]
+        arguments = [((torch.arange(200) <= i).float(),) for i in range(200)]
         graph, messages = self.calls(program, program, arguments)
         self.assertLess(graph._policy.captures, 40)
         self.assertEqual(len(messages), 1)
+        self.assertIn("ran eagerly: the data took a way that no variant took", graph.explain())
+        self.assertNotIn("captures did not pay", graph.explain())
 
     def test_objects(self) -> None:
         """What has no value that could be told."""
