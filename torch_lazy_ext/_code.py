@@ -8,10 +8,12 @@ then stands on each namespace that the program reaches, for these names (`_names
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import sys
 import types
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -150,6 +152,30 @@ class Ran:
         """The classes and functions that it holds, which a program may have made."""
         held = [e.first for e in self.entries] + [e.function for e in self.entries]
         return [value for value in held if value is not None]
+
+    @contextlib.contextmanager
+    def loosely(self, made: Container[Any]) -> Iterator[None]:
+        """Meanwhile hold none of the classes that were `made` since the program has begun.
+
+        Where nothing else does, they are garbage, and may hold the program's own variables: from
+        Python 3.13 on, `f_locals` of a frame that a method closes over is the frame itself.
+        """
+        references = {
+            i: weakref.ref(e.first)
+            for i, e in enumerate(self.entries)
+            if e.first is not None and e.first in made
+        }
+
+        def put(i: int, first: type | None) -> None:
+            self.entries[i] = self.entries[i]._replace(first=first)
+
+        for i in references:
+            put(i, None)
+        try:
+            yield
+        finally:
+            for i, reference in references.items():
+                put(i, reference())
 
     def readable(self) -> Readable:
         """By attribute, whether the code may have read it of an object."""

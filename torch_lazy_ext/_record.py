@@ -1190,7 +1190,8 @@ def record(
         recorder = recording.recorder
         try:
             recording.made = since.made()
-            _escapes.settle(recording, since)
+            with recording.ran.loosely(recording.made):
+                _escapes.settle(recording, since)
         except UnsupportedError:
             recorder.release()
             raise

@@ -497,12 +497,27 @@ def local_class(x):
     return Local().get()
 
 
+LIBRARY: dict[str, Any] = {"__name__": "torch.test_escapes"}
+exec(
+    """
+def class_of_library(x):
+    class Local:
+        def get(self):
+            return x + 1
+
+    return Local().get()
+""",
+    LIBRARY,
+)
+
+
 GARBAGE: dict[str, Callable[..., Any]] = {
     "recursive function": lambda x: recursive(x)(3),
     "memoized function": memoized,
     "parent and child": parent_and_child,
     "exception with its traceback": caught,
     "class made inside": local_class,
+    "class made by a library": LIBRARY["class_of_library"],
     "distribution": lambda x: torch.distributions.MultivariateNormal(x, torch.eye(2) * 2).log_prob(
         x
     ),
