@@ -182,7 +182,7 @@ class _Walk:
         self._made = made
         self._counts: dict[int, int] = {}
         self._seen: dict[int, Any] = {}
-        self._attributes: set[int] = set()
+        self._own_parts: set[int] = set()  # attributes of objects, frames of generators
         self._looked_into: set[int] = set()
 
     def add(self, roots: list[Any]) -> None:
@@ -205,7 +205,9 @@ class _Walk:
                 self.opened.append(value)
             if type(value).__dictoffset__:
                 # Python may make it only now that it is asked for it.
-                self._attributes.add(id(value.__dict__))
+                self._own_parts.add(id(value.__dict__))
+            if isinstance(value, types.GeneratorType):
+                self._own_parts.update(map(id, _frames_of(value)))
             for held in gc.get_referents(value):
                 if type(held) not in _CLOSED:
                     self._counts[id(held)] = self._counts.get(id(held), 0) + 1
@@ -218,7 +220,7 @@ class _Walk:
         self.add(values)
 
     def _is_open(self, value: Any) -> bool:
-        if id(value) in self._attributes:
+        if id(value) in self._own_parts:
             return True
         # What the collector does not track holds nothing that it tracks; but for the tuples with
         # names that C code makes (torch.return_types).
@@ -266,6 +268,11 @@ _CLOSED = frozenset(_tree.SIMPLE_TYPES) | {types.CodeType, types.ModuleType}
 
 def _is_tensor(value: Any) -> bool:
     return issubclass(type(value), torch.Tensor)  # a `__class__` may be anything, and may warn
+
+
+def _frames_of(generator: Any) -> list[types.FrameType]:
+    """Of a generator or coroutine up to Python 3.10 its frame, which alone holds its variables."""
+    return [held for held in gc.get_referents(generator) if type(held) is types.FrameType]
 
 
 def _is_own(value: Any) -> bool:
@@ -439,9 +446,16 @@ class _Holders:
         return None
 
     def _referrers(self, values: list[Any]) -> list[Any]:
+        holders = self._since.referrers(values)
+        frames = [holder for holder in holders if type(holder) is types.FrameType]
+        if frames:
+            generators = [g for g in self._since.referrers(frames) if isinstance(g, _GENERATORS)]
+            holders += generators
+            self._own.add(id(generators))
+        self._own.update((id(holders), id(frames)))
         found = [
             holder
-            for holder in self._since.referrers(values)
+            for holder in holders
             if not issubclass(type(holder), (types.FrameType, torch.Tensor))
             and type(holder) is not _LIST_ITERATOR  # those of this search
             and id(holder) not in self._own
@@ -457,7 +471,7 @@ class _Holders:
             return f"class {holder.__name__}"
         if isinstance(holder, types.ModuleType):
             return f"module {holder.__name__}"
-        if isinstance(holder, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
+        if isinstance(holder, _GENERATORS):
             return f"the frame of {holder.__qualname__}, which has begun and not ended"
         if isinstance(holder, types.FunctionType):
             searched: list[Any] = [holder]
@@ -492,6 +506,7 @@ class _Holders:
 
 _DEPTH = 6
 _CACHE = "_lru_cache_wrapper"
+_GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 _LIST_ITERATOR: type = type(iter([0]))
 
 
@@ -503,9 +518,13 @@ def _is_named(holder: Any) -> bool:
 
 
 def _holds(holder: Any, value: Any) -> bool:
-    for held in gc.get_referents(holder):  # noqa: SIM110
-        if held is value:
-            return True
+    parts = [holder]
+    if isinstance(holder, _GENERATORS):
+        parts += _frames_of(holder)
+    for part in parts:
+        for held in gc.get_referents(part):
+            if held is value:
+                return True
     return False
 
 

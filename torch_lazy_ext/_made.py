@@ -11,6 +11,7 @@ import collections
 import functools
 import gc
 import itertools
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -195,28 +196,63 @@ def _function(value: types.FunctionType) -> Parts:
 
 def _generator(value: types.GeneratorType[Any, Any, Any]) -> Parts | None:
     """A generator that has not begun: its function, and the arguments that this was called with."""
-    code = value.gi_code
     if not _has_not_begun(value):
         return None
     held = gc.get_referents(value)
+    return _of_frame(value, held) if sys.version_info < (3, 11) else _of_function(value, held)
+
+
+def _of_function(value: types.GeneratorType[Any, Any, Any], held: list[Any]) -> Parts | None:
+    """By the function, which the generator holds, and then its variables."""
+    code = value.gi_code
     functions = [
         i for i, v in enumerate(held) if isinstance(v, types.FunctionType) and v.__code__ is code
     ]
     if not functions:
         return None  # a CPython whose frames do not know their function
-    rest = [v for v in held[functions[0] + 1 :] if v is not code]
-    count = code.co_argcount + code.co_kwonlyargcount
-    starred = bool(code.co_flags & _VARARGS), bool(code.co_flags & _VARKEYWORDS)
-    arguments = rest[: count + sum(starred)]
-    if len(arguments) < count + sum(starred):
+    names, call = _arguments_of(code)
+    arguments = [v for v in held[functions[0] + 1 :] if v is not code][: len(names)]
+    if len(arguments) < len(names):
         return None
-    names = code.co_varnames[: len(arguments)]
     arguments = [
         v.cell_contents if n in code.co_cellvars and isinstance(v, types.CellType) else v
         for n, v in zip(names, arguments)
     ]
+    return Recipe(call), [held[functions[0]], *arguments]
 
-    def make(function: Any, *arguments: Any) -> Any:
+
+def _of_frame(value: types.GeneratorType[Any, Any, Any], held: list[Any]) -> Parts:
+    """The same up to Python 3.10, where the generator holds a frame, and nothing its function.
+
+    The frame holds code, builtins and globals, arguments in their order, but for those that
+    functions inside share, then the cells of these, and of the functions around it.
+    """
+    code = value.gi_code
+    frame = next(v for v in held if isinstance(v, types.FrameType))
+    variables = gc.get_referents(frame)[3:]
+    names, call = _arguments_of(code)
+    outer = variables[len(variables) - len(code.co_freevars) :]
+    shared = dict(zip(code.co_cellvars, variables[-len(code.co_cellvars + code.co_freevars) :]))
+    own = iter(variables)
+    arguments = [shared[n].cell_contents if n in shared else next(own) for n in names]
+    space = frame.f_globals
+
+    def make(*children: Any) -> Any:
+        cells = children[: len(outer)]
+        function = types.FunctionType(code, space, value.__name__, None, cells or None)
+        function.__qualname__ = value.__qualname__
+        return call(function, *children[len(outer) :])
+
+    return Recipe(make), [*outer, *arguments]
+
+
+def _arguments_of(code: types.CodeType) -> tuple[tuple[str, ...], Callable[..., Any]]:
+    """The names of all arguments, and what calls a function of `code` with their values."""
+    count = code.co_argcount + code.co_kwonlyargcount
+    starred = bool(code.co_flags & _VARARGS), bool(code.co_flags & _VARKEYWORDS)
+    names = code.co_varnames[: count + sum(starred)]
+
+    def call(function: Any, *arguments: Any) -> Any:
         positional = list(arguments[: code.co_argcount])
         keywords = dict(zip(names[code.co_argcount : count], arguments[code.co_argcount : count]))
         if starred[0]:
@@ -225,7 +261,7 @@ def _generator(value: types.GeneratorType[Any, Any, Any]) -> Parts | None:
             keywords.update(arguments[-1])
         return function(*positional, **keywords)
 
-    return Recipe(make), [held[functions[0]], *arguments]
+    return names, call
 
 
 _VARARGS, _VARKEYWORDS = 4, 8  # of code.co_flags, see the module `inspect`

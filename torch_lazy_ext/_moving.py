@@ -77,7 +77,8 @@ _FUNCTIONS = (
     ("uuid", "_generate_time_safe", "makes a UUID of the time"),
     ("builtins", "input", "reads what is typed"),
     ("builtins", "open", "opens a file"),
-    ("io", "open", "opens a file"),  # and the module `pathlib`
+    ("io", "open", "opens a file"),  # and the module `pathlib` from Python 3.11 on
+    ("pathlib", "_NormalAccessor.open", "opens a file"),  # and before
     ("torch", "load", "reads a file"),
     ("random", "Random.seed", "takes a seed from the system"),  # without an argument
 )
@@ -94,8 +95,11 @@ def functions() -> Iterator[tuple[Any, str, str]]:
     """The owner, the name and the description of each function of the table."""
     for module, names, what in _FUNCTIONS:
         *path, name = names.split(".")
-        owner = functools.reduce(getattr, path, importlib.import_module(module))
-        # Where Python was built without a library, a function may be there as None.
+        owner: Any = importlib.import_module(module)
+        for part in path:
+            owner = getattr(owner, part, None)
+        # Where Python was built without a library, a function may be there as None; and another
+        # Python may have it elsewhere.
         if getattr(owner, name, None) is not None:
             yield owner, name, what
 

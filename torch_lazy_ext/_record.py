@@ -14,6 +14,7 @@ import importlib
 import itertools
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -929,8 +930,10 @@ def _install() -> None:
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
         replace(torch, name, function)
-    for owner, name, _original, new in _MOVING:
-        replace(owner, name, new)
+    for owner, name, original, new in _MOVING:
+        # A function of C's is no method where a class holds it, and one of Python's would be.
+        held = isinstance(owner, type) and isinstance(original, types.BuiltinFunctionType)
+        replace(owner, name, staticmethod(new) if held else new)
     for environment in _lift.ENVIRONMENTS:
         replace(environment, "encodekey", _function(environment.encodekey, Capture.variable))
     replace(torch, "Generator", _Generator)

@@ -379,7 +379,7 @@ NAMED = {
     "IOBase": "files", "Queue": "queues", "SimpleQueue": "queues", "Connection": "connections",
     "time": "time.time()", "urandom": "os.urandom()", "_urandom": "os.urandom()",
     "_generate_time_safe": "`uuid`", "builtins": "open()", "load": "torch.load()",
-    "input": "input()", "open": "open()", "Random.seed": "torch.seed()",
+    "input": "input()", "open": "open()", "pathlib": "open()", "Random.seed": "torch.seed()",
 }  # fmt: skip
 
 

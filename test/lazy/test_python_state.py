@@ -414,6 +414,38 @@ def default_of_a_helper():
 
 
 @row
+def default_of_one_of_many():
+    """Made by one line: they differ in what they close over."""
+
+    def make(factor):
+        def helper(x, scale=2.0):
+            return x * scale + factor
+
+        return helper
+
+    helpers = [make(float(i)) for i in range(4)]
+
+    def program(x):
+        return helpers[2](x)
+
+    return program, lambda: setattr(helpers[2], "__defaults__", (5.0,)), "helper(scale)"
+
+
+@row
+def default_of_a_copy():
+    def helper(x, scale=2.0):
+        return x * scale
+
+    another = types.FunctionType(helper.__code__, helper.__globals__, "another", (3.0,))
+    hidden = weakref.WeakValueDictionary(another=another)
+
+    def change():
+        another.__defaults__ = (5.0,)
+
+    return lambda x: hidden["another"](x), change, "another(scale)"
+
+
+@row
 def code_of_a_function():
     def helper(x):
         return x * 2

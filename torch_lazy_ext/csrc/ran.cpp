@@ -5,12 +5,23 @@
 #include <frameobject.h>
 #include <pybind11/gil_safe_call_once.h>
 
+#include <algorithm>
+#include <functional>
+
 // Of the frames of these versions the function is known, and the first argument at once.
 #if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000
 #define TLE_FRAME_INTERNALS 1
 #include <torch/csrc/dynamo/cpython_includes.h>
 #else
 #define TLE_FRAME_INTERNALS 0
+#if PY_VERSION_HEX < 0x030C0000
+// Of these the lists of the collector of cycles; the atomic numbers of C are none of C++.
+#undef HAVE_STD_ATOMIC
+#undef _PyGC_FINALIZED
+#define Py_BUILD_CORE
+#include <internal/pycore_interp.h>
+#undef Py_BUILD_CORE
+#endif
 #endif
 
 #if PY_VERSION_HEX >= 0x030C0000
@@ -269,6 +280,96 @@ bool unwatch() {
 thread_local Py_tracefunc other = nullptr;
 thread_local PyObject* other_object = nullptr;
 
+// A frame of these versions does not know its function, which has what guards stand on (default
+// arguments, the code itself): so it is looked for among all functions that there are.
+class Functions {
+ public:
+  // Goes through all that the collector of cycles knows, which takes milliseconds: once a
+  // recording. References are held until then, so that each function stays what it is.
+  Functions() {
+    visit([this](PyObject* object) {
+      if (PyFunction_Check(object)) {
+        found_.emplace_back(
+            PyFunction_GET_CODE(object), py::reinterpret_borrow<py::object>(object));
+      }
+    });
+    std::sort(found_.begin(), found_.end(), [](const auto& a, const auto& b) {
+      return std::less<>()(a.first, b.first);
+    });
+  }
+
+  // Those that `frame` can be a call of, borrowed: with its code, globals and free variables. They
+  // are more than one where functions differ in their defaults only; none if it was made since.
+  std::vector<PyObject*> of(PyFrameObject* frame, PyCodeObject* code, PyObject* globals) const {
+    auto* wanted = reinterpret_cast<PyObject*>(code);
+    std::vector<PyObject*> functions;
+    auto entry = std::lower_bound(
+        found_.begin(), found_.end(), wanted, [](const auto& found, PyObject* other) {
+          return std::less<>()(found.first, other);
+        });
+    for (; entry != found_.end() && entry->first == wanted; ++entry) {
+      PyObject* function = entry->second.ptr();
+      PyObject* closure = PyFunction_GET_CLOSURE(function);
+      if (PyFunction_GET_GLOBALS(function) == globals &&
+          (closure == nullptr || has_closure(frame, code, closure))) {
+        functions.push_back(function);
+      }
+    }
+    return functions;
+  }
+
+ private:
+#if PY_VERSION_HEX >= 0x030C0000
+  using Visitor = std::function<void(PyObject*)>;
+  static void visit(Visitor visitor) {
+    auto call = [](PyObject* object, void* data) {
+      (*static_cast<Visitor*>(data))(object);
+      return 1;
+    };
+    PyUnstable_GC_VisitObjects(call, &visitor);
+  }
+
+  static bool has_closure(PyFrameObject* frame, PyCodeObject* code, PyObject* closure) {
+    const py::tuple names = py::handle(reinterpret_cast<PyObject*>(code)).attr("co_freevars");
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(closure); ++i) {
+      PyObject* value = PyFrame_GetVar(frame, PyTuple_GET_ITEM(names.ptr(), i));
+      if (value == nullptr) {
+        PyErr_Clear(); // it has no value yet
+      }
+      Py_XDECREF(value);
+      if (value != PyCell_GET(PyTuple_GET_ITEM(closure, i))) {
+        return false;
+      }
+    }
+    return true;
+  }
+#else
+  template <typename Visitor>
+  static void visit(const Visitor& visitor) {
+    auto visit_list = [&](gc_generation& generation) {
+      for (auto* head = _PyGCHead_NEXT(&generation.head); head != &generation.head;
+           head = _PyGCHead_NEXT(head)) {
+        visitor(reinterpret_cast<PyObject*>(head + 1));
+      }
+    };
+    auto& collector = PyInterpreterState_Get()->gc;
+    for (gc_generation& generation : collector.generations) {
+      visit_list(generation);
+    }
+    visit_list(collector.permanent_generation); // `gc.freeze`
+  }
+
+  static bool has_closure(PyFrameObject* frame, PyCodeObject* code, PyObject* closure) {
+    PyObject** cells = frame->f_localsplus + code->co_nlocals + PyTuple_GET_SIZE(code->co_cellvars);
+    return std::equal(cells, cells + PyTuple_GET_SIZE(closure), &PyTuple_GET_ITEM(closure, 0));
+  }
+#endif
+
+  std::vector<std::pair<PyObject*, py::object>> found_; // by the address of their code
+};
+
+thread_local std::unique_ptr<Functions> functions;
+
 PyObject* first_argument(PyFrameObject* frame, PyCodeObject* code) {
   if (code->co_argcount == 0) {
     return nullptr;
@@ -291,7 +392,7 @@ PyObject* first_argument(PyFrameObject* frame, PyCodeObject* code) {
 }
 
 int on_event(PyObject* /*self*/, PyFrameObject* frame, int what, PyObject* arg) {
-  if (what == PyTrace_CALL && running != nullptr) {
+  if (what == PyTrace_CALL && running != nullptr && running->listens()) {
     PyCodeObject* code = PyFrame_GetCode(frame);
 #if PY_VERSION_HEX >= 0x030B0000
     PyObject* globals = PyFrame_GetGlobals(frame);
@@ -299,7 +400,17 @@ int on_event(PyObject* /*self*/, PyFrameObject* frame, int what, PyObject* arg) 
     PyObject* globals = Py_NewRef(frame->f_globals);
 #endif
     PyObject* first = first_argument(frame, code);
-    running->called(reinterpret_cast<PyObject*>(code), nullptr, globals, first);
+    if (functions == nullptr) {
+      functions = std::make_unique<Functions>();
+    }
+    auto* noted = reinterpret_cast<PyObject*>(code);
+    const std::vector<PyObject*> callable = functions->of(frame, code, globals);
+    for (PyObject* function : callable) {
+      running->called(noted, function, globals, first);
+    }
+    if (callable.empty()) {
+      running->called(noted, nullptr, globals, first);
+    }
     Py_DECREF(code);
     Py_DECREF(globals);
     Py_XDECREF(first);
@@ -375,6 +486,11 @@ void Ran::start() {
 bool Ran::stop() {
   const bool there = unwatch();
   running = outer_;
+#if !TLE_FRAME_INTERNALS
+  if (running == nullptr) {
+    functions.reset();
+  }
+#endif
   if (error_) {
     std::rethrow_exception(std::exchange(error_, nullptr));
   }
@@ -404,9 +520,13 @@ Ran::Origin Ran::origin(PyObject* globals) {
   return origin;
 }
 
-void Ran::called(PyObject* code, PyObject* function, PyObject* globals, PyObject* first) noexcept {
+bool Ran::listens() const {
   // Without a recorder it is code of a kernel that the recording runs, not of the program.
-  if (busy_ || Recorder::current() == nullptr) {
+  return !busy_ && Recorder::current() != nullptr;
+}
+
+void Ran::called(PyObject* code, PyObject* function, PyObject* globals, PyObject* first) noexcept {
+  if (!listens()) {
     return;
   }
   if (first != nullptr && PyCell_Check(first)) {

@@ -20,7 +20,8 @@ py::tuple names_within(PyObject* code);
 
 // Notes each code object that starts in this thread between `start` and `stop`. Where the layout of
 // frames is known, by the function that evaluates frames (PEP 523), which costs tens of nanoseconds
-// a call; else by the profile function of the thread. A profiler that the thread has goes on.
+// a call; else by the profile function of the thread, and functions are looked for in the heap. A
+// profiler that the thread has goes on.
 class Ran {
  public:
   struct Entry {
@@ -45,6 +46,8 @@ class Ran {
   void start();
   // Raises what `entered` raised. False: the program has put another profile function in place.
   bool stop();
+  // Whether it notes what is called now.
+  bool listens() const;
   // Borrowed; function, globals and first argument may be null.
   void called(PyObject* code, PyObject* function, PyObject* globals, PyObject* first) noexcept;
 
