@@ -39,6 +39,7 @@ __all__: list[str] = [
     "claim_dispatch_key",
     "cut",
     "drop_hooks",
+    "frames_know_functions",
     "grad_of",
     "has_tangent",
     "hook_calls",
@@ -50,6 +51,7 @@ __all__: list[str] = [
     "lower",
     "names_of",
     "names_within",
+    "namespaces_of",
     "note_seed",
     "run_handlers",
     "same_bits",
@@ -515,6 +517,11 @@ def names_within(arg0: typing.Any) -> tuple[typing.Any, ...]:
     What a code object and those inside of it name, a _code.Names.
     """
 
+def namespaces_of(arg0: torch._C.Graph) -> set[str]:
+    """
+    The namespaces of the operators of a graph.
+    """
+
 def note_seed(arg0: torch.Generator) -> None:
     """
     This thread has given a generator another seed, or state.
@@ -555,3 +562,5 @@ def update_boundary(
 ) -> list[ValueRef]: ...
 def whole_storage(arg0: torch.Tensor) -> torch.Tensor: ...
 def write_in_place(arg0: torch._C.Graph, arg1: collections.abc.Sequence[int]) -> None: ...
+
+frames_know_functions: bool = True

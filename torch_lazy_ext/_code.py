@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import sys
 import types
 import weakref
@@ -61,6 +62,7 @@ class Names(NamedTuple):
         strings: parts of its string constants that could be attributes.
         all: attributes, set ones too, and strings.
         globals: which it reads or sets.
+        inner: the code objects inside of it, where these are meant as well.
     """
 
     chains: tuple[tuple[str, ...], ...]
@@ -71,6 +73,7 @@ class Names(NamedTuple):
     strings: frozenset[str]
     all: frozenset[str]
     globals: tuple[str, ...]
+    inner: tuple[types.CodeType, ...]
 
     @property
     def is_dynamic(self) -> bool:
@@ -90,11 +93,19 @@ def names_within(code: types.CodeType) -> Names:
 
 def is_library(thing: Callable[..., Any] | type | types.ModuleType) -> bool:
     """Whether a function, class or module is one of `LIBRARIES`."""
-    if isinstance(thing, types.FunctionType):
+    name: Any
+    if isinstance(thing, type):
+        name = thing.__module__
+    elif isinstance(thing, types.FunctionType):
         name = thing.__globals__.get("__name__")
     else:
         name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
-    return isinstance(name, str) and name.partition(".")[0] in LIBRARIES
+    return isinstance(name, str) and _is_of_library(name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_of_library(module: str) -> bool:
+    return module.partition(".")[0] in LIBRARIES
 
 
 class Entry(NamedTuple):

@@ -44,6 +44,9 @@ class Since:
     which fails when anybody else refers to it: so ids are kept here, and no references. An id that
     is given to another object meanwhile is that of an object made since all the same.
 
+    Until then Python collects nothing by itself: it would look again and again through what a
+    capture makes, and run what others have in `gc.callbacks` as if the program had called it.
+
     Captures of several threads take turns: each changes the state of its program for a time, which
     another one may share, and each counts references. But a program that waits for the capture of
     another thread must not wait for ever: after `PATIENCE` they overlap.
@@ -55,6 +58,7 @@ class Since:
     _all: ClassVar[list[Since]] = []  # those that are open
     _freezes = False
     _rests = False  # the collector, which was enabled
+    _thresholds = gc.get_threshold()  # that the collector had
 
     def __init__(self) -> None:
         self._young: set[int] = set()  # ids of what was made since, and then set aside
@@ -68,6 +72,8 @@ class Since:
                 Since._rests = not Since._freezes and gc.isenabled()
                 if Since._rests:
                     gc.disable()
+                Since._thresholds = gc.get_threshold()
+                gc.set_threshold(0)
             Since._set_aside()
             Since._all.append(self)
         return self
@@ -88,6 +94,7 @@ class Since:
                 gc.unfreeze()
             if Since._rests:
                 gc.enable()
+            gc.set_threshold(*Since._thresholds)
 
     @staticmethod
     def _fresh() -> list[Any]:

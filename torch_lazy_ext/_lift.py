@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
-from torch_lazy_ext import _code, _tree
+from torch_lazy_ext import _C, _code, _tree
 
 
 class _Missing:
@@ -218,7 +218,9 @@ class State:
         dynamic: whether it holds something that finds attributes by names of its own.
     """
 
-    def __init__(self, *roots: Any, ran: _code.Ran | None = None) -> None:
+    def __init__(
+        self, *roots: Any, ran: _code.Ran | None = None, before: State | None = None
+    ) -> None:
         self._ran = ran
         self._roots = roots
         self.tensors: dict[int, tuple[torch.Tensor, list[Slot]]] = {}
@@ -231,7 +233,6 @@ class State:
         self._groups: set[int] = set()  # ids of the param_groups of optimizers
         self._put: dict[tuple[int, Any], Any] = {}  # what stands in the place of numbers
         self._seen: dict[int, Any] = {}
-        self._looks: dict[type, _Look | None] = {dict: State._look_into_dict}
         self.namespaces: set[int] = set()
         self.attributes: list[tuple[dict[str, Any], str]] = []
         self.registries: set[int] = set()
@@ -247,8 +248,18 @@ class State:
         # it held, and whether its functions may be called. And the names that any of them has.
         self._spaces: dict[int, tuple[Any, dict[str, Any], bool]] = {}
         self._of_spaces: set[str] = set()
-        self._globals: dict[int, set[str]] = {}  # by id of the dictionary, which were looked into
-        self._of_library: dict[type, bool] = {}
+        # By id of a module's dictionary, that, and what the globals held that were looked into.
+        self._globals: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        # What another walk of the same program has found out: how to look into the objects of a
+        # class, the bases of a class that are no library's, and whether a dictionary of globals is
+        # a library's, by its id.
+        self._looks: dict[type, _Look | None] = {dict: State._look_into_dict}
+        self._own_bases: dict[type, tuple[type, ...]] = {}
+        self._library_globals: dict[int, bool] = {}
+        if before is not None:
+            self._looks = before._looks
+            self._own_bases = before._own_bases
+            self._library_globals = before._library_globals
         self.bare: list[types.FunctionType] = []
         self.entered_more: Callable[[], None] | None = None
         self.weak: set[int] = set()
@@ -260,7 +271,7 @@ class State:
             self._readable = ran.readable()
             self.names |= ran.names
             roots += tuple(e.function for e in ran.entries if e.function and not e.library)
-        self._single: list[tuple[Slot, Any]] = []  # cells, globals, attributes in slots
+        self._single: list[tuple[Slot, Any]] = []  # cells, attributes in slots
         for root in roots:
             self.walk(root)
         if self.modules:
@@ -316,6 +327,12 @@ class State:
             if now is not before:
                 changes.append(Change(slot.owner, slot.key, now))
                 slot.write(before)
+        for space, globals_ in self._globals.values():
+            for key, before in globals_.items():
+                now = space.get(key, MISSING)
+                if now is not before:
+                    changes.append(Change(space, key, now))
+                    Slot(space, key, "").write(before)
         for owner, held, _called in self._spaces.values():
             content = dict(vars(owner))
             if not _same_items(content, held):
@@ -528,40 +545,54 @@ class State:
 
     def _member(self, owner: Any, key: str, called: bool, name: str, found: _Found) -> None:
         value = self._spaces[id(owner)][1][key]
-        if self._ran is not None and type(value) in _tree.SIMPLE_TYPES:
-            return  # guarded by its name
-        if key in _DECLARATIONS:
-            return
+        if type(value) in _SIMPLE_TYPES or key in _DECLARATIONS:
+            return  # simple values are guarded by their names
         if not isinstance(value, FUNCTIONS):
             self._slot(Slot(_owner(owner), key, f"{owner.__name__}.{key}"), found)
-        elif called:
+        elif called and not self._waits(value):
             found.append((value, name))
+
+    def _waits(self, value: Any) -> bool:
+        """Whether a function need not be looked into: before it starts, or when it did not.
+
+        When it starts, its arguments are there: what moves among their defaults has to be known.
+        """
+        if type(value) is not types.FunctionType:
+            return False
+        if self._ran is not None:
+            # A function that ran is a root, where it is known.
+            return _C.frames_know_functions or id(value.__code__) not in self._ran.codes
+        if not _C.frames_know_functions or vars(value):
+            return False
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        if not all(type(v) in _SIMPLE_TYPES for v in defaults):
+            return False
+        self.bare.append(value)
+        return True
 
     def _class(self, cls: type, name: str, found: _Found, called: bool = True) -> None:
         """What functions of the program may use of a class, by their names."""
         if self.types.get(cls, -1) >= called:
             return
         self.types[cls] = called
-        for base in cls.__mro__:
-            if self._is_library(base):
-                continue
+        bases = self._own_bases.get(cls)
+        if bases is None:
+            bases = tuple(base for base in cls.__mro__ if not _code.is_library(base))
+            self._own_bases[cls] = bases
+        for base in bases:
             known = self._spaces.get(id(base))
             if known is None or known[2] < called:
                 self._space(base, called, name, found)
 
-    def _is_library(self, cls: type) -> bool:
-        try:
-            return self._of_library[cls]
-        except KeyError:
-            answer = self._of_library[cls] = _code.is_library(cls)
-            return answer
-
     def _look_into_function(self, fn: types.FunctionType, name: str, found: _Found) -> None:
-        library = _code.is_library(fn)
+        library = self._library_globals.get(id(fn.__globals__))
+        if library is None:
+            library = self._library_globals[id(fn.__globals__)] = _code.is_library(fn)
         if not library:
             self.functions.append(fn)
-        for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
-            self._slot(Slot(cell, None, key), found, single=True)
+        if fn.__closure__:
+            for key, cell in zip(fn.__code__.co_freevars, fn.__closure__):
+                self._slot(Slot(cell, None, key), found, single=True)
         if library:
             wrapped = vars(fn).get("__wrapped__")
             if wrapped is not None:
@@ -572,7 +603,7 @@ class State:
         for i, default in enumerate(fn.__defaults__ or ()):
             if isinstance(default, torch.Tensor):
                 self._slot(Slot(fn.__defaults__, i, f"{fn.__name__}.{i}"), found)
-            elif type(default) not in _tree.SIMPLE_TYPES:
+            elif type(default) not in _SIMPLE_TYPES:
                 found.append((default, fn.__name__))
         if fn.__kwdefaults__:
             self._items(fn.__kwdefaults__, name, found)
@@ -580,31 +611,36 @@ class State:
             self._attributes(vars(fn), fn.__name__, found)
         else:
             self.bare.append(fn)
-        self._global_names(fn.__code__, fn.__globals__, name, found)
+        self._global_names(fn.__code__, fn.__globals__, found)
 
-    def _global_names(
-        self, code: types.CodeType, space: dict[str, Any], name: str, found: _Found
-    ) -> None:
+    def _global_names(self, code: types.CodeType, space: dict[str, Any], found: _Found) -> None:
         names = _code.names_within(code)
-        stack = [code]
-        while stack:
-            inner = stack.pop()
-            self.entered.add(id(inner))
-            self._codes.append(inner)
-            if names is not _code.names_of(inner):  # else there are none inside of it
-                stack += [c for c in inner.co_consts if isinstance(c, types.CodeType)]
-        known = self._globals.setdefault(id(space), set())
+        self._codes.append(code)  # which holds those inside of it
+        self.entered.add(id(code))
+        self.entered.update(map(id, names.inner))
+        known = self._globals.get(id(space))
+        if known is None:
+            known = self._globals[id(space)] = (space, {})
+        held = known[1]
         for key in names.globals:
-            if key not in known and (key in space or key in names.stored):
-                known.add(key)
-                self._slot(Slot(space, key, key), found, single=True)
+            if key in held:
+                continue
+            value = space.get(key, MISSING)
+            if value is MISSING and key not in names.stored:
+                continue
+            held[key] = value
+            # Simple values are guarded by their names.
+            cls = type(value)
+            if cls not in _SIMPLE_TYPES and value is not MISSING and not self._waits(value):
+                self._found(Slot(space, key, key), value, found)
         new = names.all - self.names
-        self.names |= new
-        wanted = new & self._of_spaces
-        if wanted:
-            for owner, content, called in list(self._spaces.values()):
-                for key in content.keys() & wanted:
-                    self._member(owner, key, called, name, found)
+        if new:
+            self.names |= new
+            wanted = new & self._of_spaces
+            if wanted:
+                for owner, content, called in list(self._spaces.values()):
+                    for key in content.keys() & wanted:
+                        self._member(owner, key, called, "", found)
         for imported in names.imports:
             module = sys.modules.get(imported)
             if module is not None:
@@ -618,7 +654,7 @@ class State:
             self.walk(fn)
         else:
             found: _Found = []
-            self._global_names(code, space, "", found)
+            self._global_names(code, space, found)
             found.reverse()
             self._walk(found)
         if self._make is not None:
@@ -633,7 +669,7 @@ class State:
 
     def reached(self, ran: _code.Ran) -> State:
         """Of the same program, what the code that ran can have reached, by the names in it."""
-        return State(*self._roots, ran=ran)
+        return State(*self._roots, ran=ran, before=self)
 
     def _items(self, owner: Any, name: str, found: _Found) -> None:
         prefix = f"{name}." if name else ""

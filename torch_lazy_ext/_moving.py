@@ -202,8 +202,21 @@ def _kind(value: Any) -> str:
     return _ITERATOR if moves and not isinstance(value, torch.nn.Module) else ""
 
 
+_IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE, from Python 3.10 on
+_MAY_MOVE: dict[type, bool] = {}  # of classes that nobody can change
+
+
 def _may_move(cls: type) -> bool:
     """Whether an object of this class can be anything that is meant here."""
+    answer = _MAY_MOVE.get(cls)
+    if answer is None:
+        answer = _can_move(cls)
+        if cls.__flags__ & _IMMUTABLE:
+            _MAY_MOVE[cls] = answer
+    return answer
+
+
+def _can_move(cls: type) -> bool:
     classes = [row[:2] for row in _CLASSES] + [row[:2] for row in _RANDOM]
     return (
         hasattr(cls, "__next__")
@@ -351,12 +364,16 @@ class Moving:
     def in_place_of(self, state: _lift.State) -> Iterator[None]:
         """Put stand-ins in the place of what moves among the program's state."""
         values = functions = 0
+        kinds = self._kinds
 
         def put() -> None:
             nonlocal values, functions
             for slot, value in state.values[values:]:
+                cls = type(value)
+                if not kinds.get(cls, True) and id(value) not in self._replaced:
+                    continue
                 # What a tuple holds, with the slot that holds the tuple.
-                if type(value) in _tree.SIMPLE_TYPES or isinstance(slot.owner, tuple):
+                if cls in _tree.SIMPLE_TYPES or isinstance(slot.owner, tuple):
                     continue
                 made = self.given(value, slot.name or type(value).__name__)
                 if made is not value:

@@ -77,7 +77,9 @@ def _guard_state(
             variant._add_value(slot, value)
     for container, before in state.containers:
         if id(container) in by_name:
-            tensors = {k for k, v in before.items() if isinstance(v, torch.Tensor)}
+            tensors = set()
+            if any(issubclass(cls, torch.Tensor) for cls in set(map(type, before.values()))):
+                tensors = {k for k, v in before.items() if isinstance(v, torch.Tensor)}
             names = frozenset(before) if ran.dynamic else ran.names
             variant._add_names(container, names, tensors, ran.dynamic)
         elif id(container) not in state.unsized:

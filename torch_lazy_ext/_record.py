@@ -770,6 +770,11 @@ _MISSING = object()
 _replaced: list[tuple[Any, str, Any]] = []
 
 
+# What is put in the place of a function: the same at each capture, for as long as the function is.
+_kept = functools.lru_cache(maxsize=1024)
+
+
+@_kept
 def _method(original: Any, handler: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -836,6 +841,7 @@ def _of_number(data: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor | No
     return data.tensor(kwargs.get("dtype") or torch.get_default_dtype())
 
 
+@_kept
 def _from_data(original: Any) -> Any:
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -854,6 +860,7 @@ def _from_data(original: Any) -> Any:
     return function
 
 
+@_kept
 def _function(original: Any, handler: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -901,6 +908,7 @@ class _Generator(torch._C.Generator, metaclass=_MakesGenerators):
     """`torch.Generator` while a program is captured."""
 
 
+@_kept
 def _attribute(original: Any) -> Any:
     @functools.wraps(original)
     def attribute(name: str) -> Any:

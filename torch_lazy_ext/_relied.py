@@ -31,10 +31,7 @@ class Relied:
         self._values = state.values
         self._spaces = state.namespaces
         self._sets = [c for c, _items in state.containers if isinstance(c, _lift.PLAIN_CONTENTS)]
-        self._classes = [c for c in state.types if not _code.is_library(c)]
-        self._classes += [
-            e.first for e in ran.entries if e.first is not None and not _code.is_library(e.first)
-        ]
+        self._classes = {*state.types, *(e.first for e in ran.entries if e.first is not None)}
         self._codes = [e.code for e in ran.entries if not e.library]
         self._globals = [(e.code, e.globals) for e in ran.entries if not e.library]
         self._functions = [
@@ -75,8 +72,8 @@ class Relied:
                     add(f"{path}.{key}" if path else key, value, "attribute")
         for slot, value in self._values:
             add(slot.name, value, self._kind(slot))
-        for cls in self._classes:
-            for base in cls.__mro__:
+        for cls in sorted(self._classes, key=lambda c: (c.__module__, c.__qualname__)):
+            for base in () if _code.is_library(cls) else cls.__mro__:
                 if not _code.is_library(base):
                     for key, value in vars(base).items():
                         if key in self._named and not key.startswith("__"):

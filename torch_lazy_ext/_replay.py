@@ -77,7 +77,7 @@ _HANDLED_ERRORS = (_Learned, _Mismatch)
 # A variant that raises one of these in its first call is not kept.
 _DISCARDING_ERRORS = (_Learned, _Mismatch, _C.Interrupted)
 # Operators whose kernels are C++ code.
-_NATIVE = ("aten", "prim")
+_NATIVE = {"aten", "prim"}
 
 
 def _no_derivatives(lowered: _lower.Lowered) -> str:
@@ -240,9 +240,7 @@ class Specialization(_C.Variant):
         self._backwards = [_gradients.Backward(b, compiler) for b in lowered.backwards]
         self._set_up_native_finish(lowered)
         self._has_effects = _has_effects(lowered)
-        self._runs_python = any(
-            n.kind().partition("::")[0] not in _NATIVE for n in lowered.graph.nodes()
-        )
+        self._runs_python = bool(_C.namespaces_of(lowered.graph) - _NATIVE)
 
     @functools.cached_property
     def graph_module(self) -> torch.fx.GraphModule:

@@ -920,6 +920,45 @@ class LifetimeTest(unittest.TestCase):
             torch.testing.assert_close(graph(x), eager(x) * scale)
 
 
+class CollectorTest(unittest.TestCase):
+    """Python's collector rests during a capture, and what is called when it runs is no program's."""
+
+    def test_callbacks(self) -> None:
+        calls = []
+
+        def callback(phase, info):
+            calls.append(time.perf_counter())
+
+        gc.callbacks.append(callback)
+        self.addCleanup(gc.callbacks.remove, callback)
+
+        def program(x):
+            for _ in range(3000):
+                cycle: list[Any] = []
+                cycle.append(cycle)
+            return x * 2
+
+        program(torch.ones(2))
+        self.assertTrue(calls, "the collector has not run")
+        graph = extract_compiled_graph(program, (torch.ones(2),))
+        self.assertEqual(graph(torch.ones(2)).sum(), 4)
+        self.assertEqual(len(graph.specializations), 1)
+
+    def test_thresholds(self) -> None:
+        before = gc.get_threshold()
+        self.addCleanup(gc.set_threshold, *before)
+        gc.set_threshold(600, 7, 8)
+        extract_compiled_graph(lambda x: x * 2, (torch.ones(2),))
+        self.assertEqual(gc.get_threshold(), (600, 7, 8))
+
+        def raises(x):
+            raise ValueError("mine")
+
+        with self.assertRaisesRegex(ValueError, "mine"):
+            extract_compiled_graph(raises, (torch.ones(2),))
+        self.assertEqual(gc.get_threshold(), (600, 7, 8))
+
+
 class ReleasedTest(unittest.TestCase):
     """Graphs, and what they were given, go with their last reference: the collector has no part."""
 

@@ -122,6 +122,7 @@ if numpy is not None:
 LINE = r"\(at .*\.py:\d+\)"
 X = torch.tensor([1.0, 2.0])
 shared: Any = None  # what a program finds in a global
+reached: Any = None  # a function that it finds there
 
 
 class Holder(nn.Module):
@@ -164,6 +165,26 @@ def from_keyword(source: Any, use: Callable[[Any], Any]) -> Callable[[Any], Any]
     return program
 
 
+def from_method(source: Any, use: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    class Program:
+        def __call__(self, x):
+            return self.further(x)
+
+        def further(self, x, source=source):
+            return x + use(source)
+
+    return Program()
+
+
+def from_function_of_globals(source: Any, use: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    global reached
+
+    def reached(x, source=(source,)):
+        return x + use(source[0])
+
+    return lambda x: reached(x)  # found as the program runs
+
+
 def places(source: Any, use: Callable[[Any], Any]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """One source in all places where a program may have it from: program and arguments."""
     global shared
@@ -181,6 +202,8 @@ def places(source: Any, use: Callable[[Any], Any]) -> dict[str, tuple[Any, tuple
         "argument's container": (lambda x, d: x + use(d["a"][0][1][0]), (X, deep)),
         "argument's attribute": (lambda x, p: x + use(p.source), (X, plain)),
         "default": (from_default(source, use), (X,)),
+        "default of a method": (from_method(source, use), (X,)),
+        "in a default of a global": (from_function_of_globals(source, use), (X,)),
         "default for a keyword": (from_keyword(source, use), (X,)),
         "partial": (functools.partial(lambda s, x: x + use(s), source), (X,)),
         "keyword of a partial": (functools.partial(lambda x, s: x + use(s), s=source), (X,)),

@@ -13,6 +13,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <set>
 
 namespace tle {
 
@@ -294,6 +295,16 @@ void bind_compile(py::module_& m) {
       .def(py::init([](const py::object& callable) {
         return std::make_shared<PythonProgram>(callable.ptr());
       }));
+  m.def(
+      "namespaces_of",
+      [](const torch::jit::Graph& graph) {
+        std::set<std::string> found;
+        for (const torch::jit::Node* node : graph.nodes()) {
+          found.insert(node->kind().ns().toUnqualString());
+        }
+        return found;
+      },
+      "The namespaces of the operators of a graph.");
 }
 
 } // namespace tle

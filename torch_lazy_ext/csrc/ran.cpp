@@ -100,7 +100,8 @@ py::tuple make_names(
     const py::frozenset& attributes,
     const py::frozenset& stored_attributes,
     const py::tuple& imports,
-    const py::frozenset& strings) {
+    const py::frozenset& strings,
+    const py::tuple& inner) {
   static PyObject* type =
       py::object(py::module_::import("torch_lazy_ext._code").attr("Names")).release().ptr();
   const py::object all = attributes | stored_attributes | strings;
@@ -114,7 +115,7 @@ py::tuple make_names(
     globals[name] = py::none();
   }
   return py::handle(type)(
-      chains, stored, attributes, stored_attributes, imports, strings, all, py::tuple(globals));
+      chains, stored, attributes, stored_attributes, imports, strings, all, py::tuple(globals), inner);
 }
 
 py::tuple read_names(PyObject* code) {
@@ -183,7 +184,8 @@ py::tuple read_names(PyObject* code) {
       py::frozenset(attributes),
       py::frozenset(stored_attributes),
       py::tuple(imports),
-      py::frozenset(strings));
+      py::frozenset(strings),
+      py::tuple());
 }
 
 py::tuple read_names_within(PyObject* code) {
@@ -192,7 +194,7 @@ py::tuple read_names_within(PyObject* code) {
   py::set sets[4];
   constexpr NameField fields[] = {
       NameField::Stored, NameField::Attributes, NameField::StoredAttributes, NameField::Strings};
-  bool has_inner = false;
+  py::list inner;
   auto add = [&](const py::tuple& names) {
     auto field = [&](NameField f) { return py::object(names[static_cast<size_t>(f)]); };
     for (const py::handle& chain : field(NameField::Chains)) {
@@ -210,11 +212,15 @@ py::tuple read_names_within(PyObject* code) {
   add(own);
   for (const py::handle& constant : py::tuple(py::handle(code).attr("co_consts"))) {
     if (PyCode_Check(constant.ptr())) {
-      has_inner = true;
-      add(names_within(constant.ptr()));
+      const py::tuple names = names_within(constant.ptr());
+      add(names);
+      inner.append(constant);
+      for (const py::handle& code : names[static_cast<size_t>(NameField::Inner)]) {
+        inner.append(code);
+      }
     }
   }
-  if (!has_inner) {
+  if (inner.empty()) {
     return own;
   }
   return make_names(
@@ -223,7 +229,8 @@ py::tuple read_names_within(PyObject* code) {
       py::frozenset(sets[1]),
       py::frozenset(sets[2]),
       py::tuple(imports),
-      py::frozenset(sets[3]));
+      py::frozenset(sets[3]),
+      py::tuple(inner));
 }
 
 void release(void* names) {
@@ -583,6 +590,7 @@ void Ran::note(PyObject* code, PyObject* function, PyObject* globals, PyObject* 
 }
 
 void bind_ran(py::module_& m) {
+  m.attr("frames_know_functions") = py::bool_(TLE_FRAME_INTERNALS != 0);
   m.def(
       "names_of",
       [](const py::object& code) { return checked(code, &names_of); },

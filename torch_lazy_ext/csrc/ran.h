@@ -13,7 +13,17 @@ namespace tle {
 namespace py = pybind11;
 
 // What a code object reads and writes by name: a _code.Names that the code object keeps.
-enum class NameField : uint8_t { Chains, Stored, Attributes, StoredAttributes, Imports, Strings };
+enum class NameField : uint8_t {
+  Chains,
+  Stored,
+  Attributes,
+  StoredAttributes,
+  Imports,
+  Strings,
+  All,
+  Globals,
+  Inner
+};
 py::tuple names_of(PyObject* code);
 // The same with the code objects inside of it.
 py::tuple names_within(PyObject* code);
