@@ -49,6 +49,7 @@ __all__: list[str] = [
     "is_held",
     "is_hooked",
     "lower",
+    "makes_views",
     "names_of",
     "names_within",
     "namespaces_of",
@@ -162,6 +163,7 @@ class Recorder:
     def materialize(self, tensor: torch.Tensor, guard: bool = True) -> torch.Tensor: ...
     def nested_tensors(self) -> list[torch.Tensor]: ...
     def node_info(self, arg0: int) -> tuple[str, list[TensorMeta], str]: ...
+    def note_leaf(self, twin: torch.Tensor, leaf: torch.Tensor) -> None: ...
     def operands(self, arg0: int) -> list[ValueRef]: ...
     def random_calls(self) -> int: ...
     def random_position(self) -> int: ...
@@ -507,6 +509,11 @@ def lower(
     random: bool = True,
     collectives: bool = True,
 ) -> tuple[torch._C.Graph, list[int]]: ...
+def makes_views(arg0: str, arg1: str) -> bool:
+    """
+    Whether the results of an operator share the memory of an argument.
+    """
+
 def names_of(arg0: typing.Any) -> tuple[typing.Any, ...]:
     """
     What a code object names, a _code.Names.

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_lazy_ext import _text
+from torch_lazy_ext import _C, _text
 from torch_lazy_ext._errors import ExtractionError
 
 # What the schema calls an argument that TorchScript passes as a plain integer -> its values.
@@ -187,18 +187,7 @@ def outputs_of(module: fx.GraphModule) -> Sequence[Any]:
 
 def makes_views(overload: torch._ops.OpOverload) -> bool:
     """Whether the results of an operator share the memory of an argument."""
-    infos = [a.alias_info for a in overload._schema.arguments]
-    views = any(info is not None and not info.is_write for info in infos)
-    return views or overload in _UNANNOTATED_VIEWS
-
-
-# Their schemas do not say that the result shares the argument's memory.
-_UNANNOTATED_VIEWS = {
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.unsafe_chunk.default,
-    torch.ops.aten.unsafe_split.Tensor,
-    torch.ops.aten.unsafe_split_with_sizes.default,
-}
+    return _C.makes_views(overload._schema.name, overload._schema.overload_name)
 
 
 def _unpacked(outputs: list[torch._C.Value]) -> list[torch._C.Value]:

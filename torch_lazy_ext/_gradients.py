@@ -7,6 +7,7 @@ after it as often as was differentiated, and this graph is differentiable as the
 
 from __future__ import annotations
 
+import collections
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -377,8 +378,15 @@ class _Call:
             leaves = [inputs[i] for i in keys if inputs[i].requires_grad]
             if leaves:
                 values[root] = _Spent.apply(values[root], error, *leaves)  # type: ignore[no-untyped-call] # PyTorch's own
-        gradients = derivative.lowered.gradients
-        return [values[gradients[i]] if i in gradients else None for i in self.backward.lowered.wrt]
+        left = dict(derivative.lowered.gradients)
+        places = collections.Counter(self.backward.lowered.wrt)
+        found: list[torch.Tensor | None] = []
+        for i in self.backward.lowered.wrt:
+            places[i] -= 1
+            roots = left.get(i, [])
+            here, left[i] = (roots[:1], roots[1:]) if places[i] else (roots, [])
+            found.append(functools.reduce(torch.add, (values[r] for r in here)) if here else None)
+        return found
 
 
 class _Differentiable(torch.autograd.Function):

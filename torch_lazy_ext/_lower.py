@@ -10,7 +10,8 @@ import collections
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class FromView:
         detached: autograd knows nothing of its being a view.
     """
 
-    base: FromLifted | FromRoot | FromConstant | FromView
+    base: FromLifted | FromRoot | FromConstant | FromView | AsParameter
     views: _C.ViewSequence
     grad_mode: bool | None = None
     requires_grad: bool = False
@@ -89,6 +90,7 @@ class FromStrided:
 
     Attributes:
         alias: with a version counter of its own (`x.data`).
+        detached: autograd knows nothing of its being a view.
         relative: the offset counts from the tensor's own.
     """
 
@@ -100,7 +102,16 @@ class FromStrided:
     conj: bool
     neg: bool
     alias: bool
+    detached: bool
     relative: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class AsParameter:
+    """An `nn.Parameter` that the program made over memory that somebody else has, too."""
+
+    source: FromLifted | FromView | FromStrided
+    requires_grad: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -177,6 +188,7 @@ Source = (
     | FromNumber
     | FromView
     | FromStrided
+    | AsParameter
     | FromArray
     | FromConstant
     | Constant
@@ -232,6 +244,7 @@ class Backward:
         saved: roots of the forward that the backward reads.
         wrt: for each gradient, the index of the lifted tensor it belongs to, or ~k for what
             `Lowered.made` has at k; then those that autograd leads to and has no gradient for.
+            One index comes several times where gradients are to be added up.
         count: how many gradients there are.
         nested: (index of a lifted tensor, which value): what a backward inside of the backward (a
             reentrant checkpoint) accumulates, in order. No gradient of `wrt` belongs to these.
@@ -279,7 +292,7 @@ class Derivative:
         parameters: for each input of the graph, the index of the lifted tensor or tangent.
         constants: index -> what the program made itself.
         tangents: indices of the tangents of the last differentiation.
-        gradients: index of a lifted tensor or earlier tangent -> root.
+        gradients: index of a lifted tensor or earlier tangent -> roots, which are added up.
         spent: (root, error, indices): gradients whose own backward raises an error.
     """
 
@@ -288,7 +301,7 @@ class Derivative:
     parameters: list[int]
     constants: dict[int, torch.Tensor]
     tangents: list[int]
-    gradients: dict[int, int]
+    gradients: dict[int, list[int]]
     guards: list[ValueGuard]
     backwards: list[Backward]
     spent: list[tuple[int, Exception, list[int]]]
@@ -330,7 +343,8 @@ class Lowered:
         refills: (position of an argument's container, its new content).
         effects: (owner, key or CONTENT, source or MISSING): changes of state.
         assigned: (lifted index, source): assignments to `tensor.data`.
-        former: sources of memory that a tensor had before the assignment to its `.data`.
+        former: sources of what a tensor was before the assignment to its `.data`, or before it
+            forgot its history.
         leaves: (lifted index of a leaf, its gradient or None): what the gradient was like.
         gradients: (lifted index of a leaf, source): assignments to `tensor.grad`.
         overwritten: indices of leaves whose gradient the program sets without having looked at it,
@@ -562,7 +576,7 @@ def lower_derivative(
     outputs = list(history.by_root.values())
     leaves = history.leaves
     tangents: dict[int, torch.Tensor] = {}
-    gradients: dict[int, torch.Tensor] = {}
+    gradients: dict[int, _Gradient] = {}
     for given in path:
         tangents = {}
         outputs = [outputs[k] for k in sorted(given)]
@@ -573,11 +587,20 @@ def lower_derivative(
             gradients = _differentiate(recording, outputs, leaves, list(tangents.values()), True)
         gradients = {i: g for i, g in gradients.items() if i not in history.hidden}
         leaves = {**leaves, **tangents}
-        by_value = {recorder.describe(g).value: g for g in gradients.values()}
-        outputs = [g for g in by_value.values() if g.requires_grad]
+        every = [part for g in gradients.values() for part in g.parts]
+        by_value = {recorder.describe(part).value: part for part in every}
+        outputs = [part for part in by_value.values() if part.requires_grad]
     roots = _Roots()
-    by_leaf = {i: roots.add(recorder.describe(g).value) for i, g in gradients.items()}
-    by_root = {root: gradients[i] for i, root in by_leaf.items() if gradients[i].requires_grad}
+    by_leaf = {
+        i: [roots.add(recorder.describe(part).value) for part in g.parts]
+        for i, g in gradients.items()
+    }
+    by_root = {
+        root: part
+        for i, found in by_leaf.items()
+        for root, part in zip(found, gradients[i].parts)
+        if part.requires_grad
+    }
     num_exposed = len(roots.values)
     end = len(recorder)
     backwards: list[Backward] = []
@@ -657,21 +680,108 @@ def _differentiate(
     leaves: dict[int, torch.Tensor],
     tangents: list[torch.Tensor],
     create_graph: bool,
-) -> dict[int, torch.Tensor]:
+) -> dict[int, _Gradient]:
     """The gradients of `leaves` that there are."""
     if not leaves:
         return {}
     recorder = recording.recorder
     random_calls = recorder.random_calls()
     every = list(leaves.values())
-    gradients = recording.resume(lambda: _gradients(outputs, every, tangents, create_graph))
+    summands: dict[int, list[torch.Tensor]] = {}
+    with _noting_summands(outputs, summands):
+        found = recording.resume(lambda: _gradients(outputs, every, tangents, create_graph))
     if recorder.random_calls() != random_calls:
         raise UnsupportedError(
             "the backward of the program draws random numbers that its forward has not drawn "
             "(torch.utils.checkpoint with preserve_rng_state=False around dropout): a replay could "
             "not draw them in eager's order"
         )
-    return {i: g for i, g in zip(leaves, gradients) if g is not None}
+    return {
+        i: _Gradient(g, _summands(recorder, g, summands.get(id(leaf), [])))
+        for (i, leaf), g in zip(leaves.items(), found)
+        if g is not None
+    }
+
+
+# A leaf that a program reads more often gets its gradient as one sum, which costs less memory; only
+# what it gets from elsewhere is then added in another order than eager's.
+MOST_SUMMANDS = 8
+
+
+@dataclasses.dataclass
+class _Gradient:
+    """The gradient of a leaf.
+
+    Attributes:
+        parts: what autograd adds up to it, in order: one part for each function that leads to the
+            leaf. A caller's autograd adds them one by one to what it has from elsewhere, and a sum
+            depends on its order to the last bit.
+    """
+
+    whole: torch.Tensor
+    parts: list[torch.Tensor]
+
+
+@contextlib.contextmanager
+def _noting_summands(
+    outputs: list[torch.Tensor], summands: dict[int, list[torch.Tensor]]
+) -> Iterator[None]:
+    """While a backward runs, note for each leaf (by its id) what is added up to its gradient."""
+    ways: dict[Any, list[tuple[Any, int]]] = {}  # into a function: from which one, by which edge
+    seen: set[Any] = set()
+    stack = [output.grad_fn for output in outputs]
+    accumulators: list[tuple[Any, torch.Tensor]] = []
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        leaf = getattr(function, "variable", None)
+        if leaf is not None:
+            accumulators.append((function, leaf))
+        for k, (following, _nr) in enumerate(function.next_functions):
+            if following is not None:
+                ways.setdefault(following, []).append((function, k))
+                stack.append(following)
+    noted: dict[Any, dict[int, list[torch.Tensor]]] = {}  # function -> edge -> the leaf's
+    for accumulator, leaf in accumulators:
+        into = ways.get(accumulator, [])
+        if len(into) == 1 and _is_given(into[0][0]):
+            into = ways.get(into[0][0], [])
+        if 1 < len(into) <= MOST_SUMMANDS:
+            own = summands[id(leaf)] = []
+            for function, k in into:
+                noted.setdefault(function, {})[k] = own
+
+    def note(edges: dict[int, list[torch.Tensor]], found: Any, _given: Any) -> None:
+        for k, own in sorted(edges.items()):
+            if found[k] is not None:
+                own.append(found[k])
+
+    handles = [
+        function.register_hook(functools.partial(note, edges)) for function, edges in noted.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _summands(
+    recorder: _C.Recorder, whole: torch.Tensor, noted: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What a gradient is the sum of, if it is just that; else the gradient itself."""
+    value = recorder.describe(whole).value
+    first, *others = noted or [whole]
+    for summand in reversed(others):
+        operator, _outputs, _line = recorder.node_info(value.node)
+        operands = recorder.operands(value.node)
+        own = recorder.describe(summand).value
+        if operator != "aten::add.Tensor" or len(operands) != 2 or own not in operands:
+            return [whole]
+        value = operands[0] if operands[1] == own else operands[1]
+    return noted if others and value == recorder.describe(first).value else [whole]
 
 
 # What guards of hyperparameters are made of, beside arithmetic of numbers.
@@ -953,6 +1063,22 @@ def _is_plain_view(leaf: torch.Tensor, base: torch.Tensor) -> bool:
     return function is ends and ends is not None
 
 
+def _is_view_of_given(leaf: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether nothing but views lies between a tensor and the history that a tensor was given with.
+
+    Args:
+        source: the leaf that the gradient of that one belongs to.
+    """
+    function = leaf.grad_fn
+    while function is not None and not _is_given(function):
+        following = function.next_functions
+        if len(following) != 1 or isinstance(function, torch.autograd.function.BackwardCFunction):
+            return False
+        function = following[0][0]
+    accumulator = None if function is None else function.next_functions[0][0]
+    return getattr(accumulator, "variable", None) is source
+
+
 def _leads_nowhere(leaf: torch.Tensor) -> bool:
     """Whether a history ends at a tensor that gets no gradient."""
     function = leaf.grad_fn
@@ -1117,10 +1243,12 @@ def _backward(
     nested = _nested(recorder, autograd.contributions, leaves, gradients)
     written = _written_by_backward(recorder, versions, tangents)
     paths = _paths(list(outputs.values()))
-    by_leaf = {i: recorder.describe(g).value for i, g in gradients.items() if i not in hidden}
+    by_leaf = {i: g for i, g in gradients.items() if i not in hidden}
     # In the order in which eager has them ready: DistributedDataParallel fills buckets by it.
-    wrt = sorted(by_leaf, key=lambda i: by_leaf[i].node)
-    values = [by_leaf[i] for i in wrt] + [value for _i, value in nested]
+    ready = sorted(by_leaf, key=lambda i: recorder.describe(by_leaf[i].whole).value.node)
+    wrt = [i for i in ready for _part in by_leaf[i].parts]
+    values = [recorder.describe(part).value for i in ready for part in by_leaf[i].parts]
+    values += [value for _i, value in nested]
     values += [value for _i, value in written]
     guards = [
         (value, ValueGuard(len(values) + k, expected, is_value, source))
@@ -1211,7 +1339,7 @@ def _nested(
     recorder: _C.Recorder,
     contributions: list[tuple[int, torch.Tensor, torch.Tensor]],
     leaves: dict[int, torch.Tensor],
-    gradients: dict[int, torch.Tensor],
+    gradients: dict[int, _Gradient],
 ) -> list[tuple[int, _C.ValueRef]]:
     """What is accumulated one after the other, by leaf; it is taken out of `gradients`."""
     if not contributions:
@@ -1219,7 +1347,7 @@ def _nested(
     key_of = {id(leaf): i for i, leaf in leaves.items()}
     ordered = [(begin, key_of[id(leaf)], grad) for begin, leaf, grad in contributions]
     for i in {i for _begin, i, _grad in ordered} & gradients.keys():
-        gradient = gradients.pop(i)
+        gradient = gradients.pop(i).whole
         node = recorder.describe(gradient).value.node
         before = sum(begin <= node for begin, _i, _grad in ordered)
         ordered.insert(before, (node + 1, i, gradient))
@@ -1421,6 +1549,8 @@ class _Sources:
                 self.lifted[id(tensor)] = self.lifted[id(user)]
                 self.assigned[id(tensor)] = value
         self.former: list[Source] = []
+        # Of lifted tensors of which the program says that they require no grad any more.
+        self._forgetting = {self.lifted[id(t)] for t, now in recording.required if not now}
         self.attributed: list[tuple[Source, dict[str, Source]]] = []
         self.hooks: list[tuple[Source, str, Any]] = []
         self.grads: list[tuple[Source, Source]] = []
@@ -1602,9 +1732,16 @@ class _Sources:
             about = self.recorder.describe(leaf)
         if about.lifted >= 0 and not about.constant:
             return FromLifted(about.lifted)
-        return self.memory_of(leaf)
+        source = self.memory_of(leaf)
+        if isinstance(leaf, torch.nn.Parameter) and isinstance(
+            source, (FromLifted, FromView, FromStrided)
+        ):
+            return AsParameter(source, leaf.requires_grad)
+        return source
 
-    def _strided(self, index: int, leaf: torch.Tensor, alias: bool) -> FromStrided:
+    def _strided(
+        self, index: int, leaf: torch.Tensor, alias: bool, detached: bool = False
+    ) -> FromStrided:
         return FromStrided(
             index,
             list(leaf.shape),
@@ -1614,6 +1751,7 @@ class _Sources:
             leaf.is_conj(),
             leaf.is_neg(),
             alias,
+            detached,
         )
 
     def _array(self, array: Any) -> Source:
@@ -1653,7 +1791,9 @@ class _Sources:
         while isinstance(owner, FromView):
             owner = owner.base
         relative = isinstance(owner, FromStrided) and owner.relative
-        if (
+        if isinstance(owner, FromLifted) and owner.index in self._forgetting and leaf.requires_grad:
+            self.former.append(source)  # with the history that its owner has until then
+        elif (
             isinstance(owner, (FromLifted, FromStrided))
             and not relative
             and any(self.lifted[id_] == owner.index for id_ in self.assigned)
@@ -1685,7 +1825,9 @@ class _Sources:
             if leaf.requires_grad:
                 return self._view_of_member(leaf, members)
             alike = [i for i in members if lifted[i][0].dtype == leaf.dtype]
-            return self._strided((alike or members)[0], leaf, not about.shares_version)
+            owner_index = (alike or members)[0]
+            detached = lifted[owner_index][0].requires_grad
+            return self._strided(owner_index, leaf, not about.shares_version, detached)
         elif base >= 0 and recorder.describe(lifted[base][1]).metadata_mutated:
             # The views lead from what the tensor was.
             self.reads_offset = True
@@ -1723,7 +1865,12 @@ class _Sources:
             )
         alias_of: _Aliases = []
         if differentiable and of_user:
-            if _is_plain_view(leaf, lifted[base][1]):
+            source_of_base = recorder.sources()[base]
+            if _is_plain_view(leaf, lifted[base][1]) or (
+                base in self._forgetting
+                and source_of_base is not None
+                and _is_view_of_given(leaf, source_of_base)
+            ):
                 # Eager's own view of the user's tensor, with eager's gradient.
                 self._check_hooks(leaf, lifted[base][1])
                 return FromView(
@@ -1822,7 +1969,7 @@ class _Sources:
         if views is None or (has_history and not _is_plain_view(leaf, base)):
             return None
         source = self.of(held)
-        if not isinstance(source, (FromRoot, FromConstant, FromLifted, FromView)):
+        if not isinstance(source, (FromRoot, FromConstant, FromLifted, FromView, AsParameter)):
             return None
         self._check_hooks(leaf, base)
         view = FromView(source, views, grad_mode=has_history, retains_grad=leaf.retains_grad)

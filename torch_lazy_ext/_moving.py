@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import pickle
 import random
@@ -134,10 +135,14 @@ _SEED = random.Random.seed
 
 
 def _asking_line() -> str | None:
-    """The line of the program that a call is for; None when a library does it for itself."""
+    """The line of the program that a call is for; None when a library does it for itself, or what
+    the collector of garbage calls at its own moments."""
     frame: types.FrameType | None = sys._getframe(1)
     own = True
+    of_collector = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
+        if frame.f_code in of_collector:
+            return None
         root = frame.f_globals.get("__name__", "").partition(".")[0]
         own = own and root == "torch_lazy_ext"
         if not own:

@@ -373,6 +373,15 @@ class Capture:
     def set_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
         twin = self.recorder.twin_of(tensor)
         new = self.recorder.twin_of(value)
+        own = self._user(tensor)
+        changed = twin if own is None else own
+        is_view = torch._C.TensorBase._is_view
+        if torch.is_inference_mode_enabled() and is_view(changed) and not changed.is_inference():
+            raise self.refusal(
+                f"an assignment to `.data` (at {_moving.user_line()}) changes in inference mode "
+                "what is a view of a tensor that was made outside: assign outside of the mode, or "
+                "to a clone"
+            )
         layout = (new.shape, new.dtype, new.stride())
         if layout != (twin.shape, twin.dtype, twin.stride()) and not _C.is_capture_tensor(tensor):
             raise self.refusal(
@@ -463,11 +472,15 @@ class Capture:
     def requires_grad_(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         user = self._user(tensor)
         if user is None:
-            return func(tensor, *args, **kwargs)
+            result = func(tensor, *args, **kwargs)
+            if _C.is_capture_tensor(tensor):
+                self.recorder.note_leaf(tensor, tensor)
+            return result
         twin = self.recorder.twin_of(user)
         wanted = bool(args[0] if args else kwargs.get("requires_grad", True))
         if twin.requires_grad != wanted:
             func(twin, *args, **kwargs)
+            self.recorder.note_leaf(twin, user)
         return tensor
 
     def storage_offset(self, func: Any, tensor: torch.Tensor) -> int:
@@ -512,6 +525,12 @@ class Capture:
     def copy(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         # A new leaf over the same memory, with a version counter of its own.
         twin = self.recorder.twin_of(tensor)
+        if torch.is_inference_mode_enabled() and not twin.is_inference():
+            raise self.refusal(
+                f"the program copies (at {_moving.user_line()}) a tensor that was not made in "
+                "inference mode in that mode (copy.copy): use clone() or detach(), or copy it "
+                "outside of the mode"
+            )
         made: torch.Tensor = vars(torch._C.TensorBase)["data"].__get__(twin)
         if isinstance(tensor, torch.nn.Parameter):
             made = torch.nn.Parameter(made, tensor.requires_grad)
@@ -1363,6 +1382,14 @@ def _record(
         first = next((i for i in range(count) if recorder.node_info(i)[0] != "lifted"), count)
         recording.replaced = {leaf for leaf, begin in capture.replaced.items() if begin <= first}
     recording.ran_backward = capture.ran_backward
+    for t, _twin, constant, _base in recorder.lifted():
+        if not constant and not t.is_leaf:
+            seen_now = recorder.twin_of(t)
+            if seen_now.is_leaf and seen_now.requires_grad:
+                raise UnsupportedError(
+                    "the program detaches a tensor that it is given from its history, and lets it "
+                    "require grad again (Tensor.detach_): use detach(), which gives another tensor"
+                )
     recording.required = [
         (t, required)
         for t, twin, constant, _base in recorder.lifted()

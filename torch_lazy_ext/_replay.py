@@ -629,6 +629,24 @@ def _in_mode(value: torch.Tensor, inference: bool) -> torch.Tensor:
         return made.conj() if value.is_conj() else made
 
 
+def _mode_of(value: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """The inference mode, or none, that a tensor was made in."""
+    if value.is_inference() == torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(value.is_inference())
+
+
+def _leaf(value: torch.Tensor) -> torch.Tensor:
+    """Let a tensor require grad, which an inference tensor can in that mode only."""
+    with _mode_of(value):
+        return value.requires_grad_()
+
+
+def _parameter(value: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    with _mode_of(value):
+        return nn.Parameter(value, requires_grad)
+
+
 class _Results:
     """Puts objects together from the tensors of a call; one object for one source."""
 
@@ -697,6 +715,8 @@ class _Results:
         tensor = self.tensors[source.index]
         if source.alias:
             tensor = tensor.data
+        elif source.detached:
+            tensor = tensor.detach()
         if tensor.dtype != source.dtype:
             count = tensor.untyped_storage().nbytes() // tensor.itemsize
             tensor = tensor.as_strided((count,), (1,), 0).view(source.dtype)
@@ -723,17 +743,19 @@ class _Results:
             value = self.values[source.root]
             if source.counted_with is not None:
                 return self._counted(source.counted_with, value)
-            if source.parameter:
-                return nn.Parameter(value, source.requires_grad)
-            if source.alias or source.requires_grad:
-                value = value.data
             if source.inference is not None:
                 value = _in_mode(value, source.inference)
+            if source.parameter:
+                return _parameter(value, source.requires_grad)
+            if (source.alias or source.requires_grad) and value is self.values[source.root]:
+                value = value.data
             if source.retains_grad:
                 value.retain_grad()
-            return value.requires_grad_() if source.requires_grad else value
+            return _leaf(value) if source.requires_grad else value
         if isinstance(source, _lower.FromNumber):
             return self.values[source.root].item()
+        if isinstance(source, _lower.AsParameter):
+            return _parameter(self(source.source), source.requires_grad)
         if isinstance(source, _lower.FromLifted):
             tensor = self.tensors[source.index]
             return tensor.data if source.alias else tensor
@@ -749,7 +771,7 @@ class _Results:
                     value.retain_grad()
                 if source.detached:
                     value = value.detach()
-                return value.requires_grad_() if source.requires_grad else value
+                return _leaf(value) if source.requires_grad else value
             return source.views.apply(base) if len(source.views) else torch.ops.aten.alias(base)
         if isinstance(source, _lower.FromStrided):
             return self._strided(source)
@@ -761,14 +783,17 @@ class _Results:
             return _lower.copied(source.value)
         assert isinstance(source, _lower.FromConstant)
         if source.index not in self._constants:
-            self._constants[source.index] = self.tensors[source.index].clone()
+            constant = self.tensors[source.index]
+            with _mode_of(constant):
+                self._constants[source.index] = constant.clone()
         base = self._constants[source.index]
-        value = source.views.apply(base) if len(source.views) else base
+        with _mode_of(base):
+            value = source.views.apply(base) if len(source.views) else base
         if source.counted_with is not None:
             return self._counted(source.counted_with, value)
         if source.parameter:
-            return nn.Parameter(value, source.requires_grad)
-        return value.requires_grad_() if source.requires_grad else value
+            return _parameter(value, source.requires_grad)
+        return _leaf(value) if source.requires_grad else value
 
     def _counted(self, index: int, value: torch.Tensor) -> torch.Tensor:
         """A tensor over the memory of `value` that counts its versions with another."""

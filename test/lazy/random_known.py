@@ -47,6 +47,13 @@ class Known(NamedTuple):
 
 
 KNOWN = {
+    "detached_inference_tensor": Known(
+        r"with torch\.inference_mode\(\):(.|\n)*\.(detach|data\b)",
+        "outside of inference mode, eager lets a caller write to what detach() gives of an inference "
+        "tensor, and to no other view of it; a replay's result refuses the write",
+        "c = torch.inference_mode(); c.__enter__(); v = a * 1; c.__exit__(None, None, None); "
+        "return v.detach()",
+    ),
     "function_after_its_backward": Known(
         "",
         "of a result whose backward has run, a custom function that returns it gives no view of it",

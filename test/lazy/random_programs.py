@@ -23,7 +23,7 @@ import re
 import textwrap
 import types
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy
@@ -110,7 +110,7 @@ class Generated:
         """Add statement after statement; what eager refuses is left out, or is the last one."""
         world: dict[str, Any] = _scope()
         exec(self.make_inputs, world)
-        exec(STATE_CLASS if self.wide is None else WORLD, world)
+        exec(_world_code(STATE_CLASS if self.wide is None else WORLD), world)
         ambient = "contextlib.nullcontext()"
         ends = False
         if self.wide is not None:
@@ -179,6 +179,8 @@ class Generated:
                 reject()
             return False
         tensors = [v for name, v in world.items() if _is_variable(name) and isinstance(v, Tensor)]
+        if _reads_unwritten(tensors):
+            return False
         return bool(tensors) and all(t.numel() <= LARGEST and t.dim() <= 6 for t in tensors)
 
     def _statement(self, pending: list[tuple[int, ...]], world: dict[str, Any]) -> list[str]:
@@ -239,6 +241,29 @@ class Generated:
     @property
     def script(self) -> str:
         return f'from random_programs import compare\n\ncompare("""{self.source}""")\n'
+
+
+def _reads_unwritten(tensors: list[Tensor]) -> bool:
+    """Whether one of them shows memory that no operator has written to, which holds anything.
+
+    What `F.mse_loss` gives lies in memory for all the elements that it has added up, and `as_strided`
+    leads there.
+    """
+    ends: dict[int, int] = {}
+    for t in tensors:
+        base = t._base
+        written = max(_end(t), 0 if base is None else _end(base))
+        if _end(t) > ends.setdefault(_storage(t), written):
+            return True
+    return False
+
+
+def _end(t: Tensor) -> int:
+    """The byte of its storage at which the memory of a tensor ends."""
+    if not t.numel():
+        return 0
+    extent = 1 + sum([(n - 1) * s for n, s in zip(t.shape, t.stride())])
+    return int(t.storage_offset() + extent) * t.itemsize
 
 
 def _backward_would_fail(world: dict[str, Any]) -> bool:
@@ -350,6 +375,19 @@ class Outcome(NamedTuple):
     why: str = ""
 
 
+@functools.cache
+def _world_code(text: str) -> types.CodeType:
+    return compile(text, "<world>", "exec")
+
+
+def _parts(source: str) -> list[types.CodeType]:
+    """The code of a program; that of the world is the same one for all programs."""
+    before, world, after = source.partition(WORLD)
+    lines = f"{before}{world}".count("\n") * "\n"
+    codes = [compile(before, "<program>", "exec"), _world_code(world)]
+    return [*codes, compile(lines + after, "<program>", "exec")] if world else codes[:1]
+
+
 def compare(source: str, known: Collection[str] = ()) -> Outcome:
     """Capture a program on `inputs(0)`, call it on `inputs(1)`, ...; compare each call with eager.
 
@@ -361,7 +399,7 @@ def compare(source: str, known: Collection[str] = ()) -> Outcome:
 
     Raises AssertionError for every difference.
     """
-    code = compile(source, "<program>", "exec")
+    code = _parts(source)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), modes_kept():
         warnings.simplefilter("ignore")
         return _compare(code, known)
@@ -379,13 +417,52 @@ def modes_kept() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+class _History(NamedTuple):
+    """What autograd tells of a tensor; `view`: only where it requires grad, for a replay's views of
+    other tensors are no more than their memory.
+    """
+
+    grad_fn: bool
+    leaf: bool
+    view: bool
+    retains_grad: bool
+    hooks: int
+
+
+class _Facts(NamedTuple):
+    """What can be seen of a tensor.
+
+    Attributes:
+        memory: where its storage was met first.
+        moved: since the call began, how far its version counter went, and whether it kept its
+            storage; None of what is new.
+        history: of a wide program, for a tensor that is no inference tensor: a `_History`, or why
+            there is none.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    requires_grad: bool
+    conj: bool
+    neg: bool
+    inference: bool
+    cls: type
+    memory: str
+    moved: tuple[int, bool] | None
+    values: bytes | str
+    history: Any
+
+
 class _Side:
     """Eager's half of the comparison, or the graph's: what can be seen of it after each call."""
 
-    def __init__(self, code: types.CodeType, known: Collection[str] = ()) -> None:
+    def __init__(self, code: list[types.CodeType], known: Collection[str] = ()) -> None:
         self.known = known
         self.scope = _scope()
-        exec(code, self.scope)
+        for part in code:
+            exec(part, self.scope)
         self.wide = "ambient" in self.scope
         self.program = self.scope["Program"]()
         self.function = self.program
@@ -477,36 +554,44 @@ class _Side:
         with torch.no_grad():
             for path, value in self._walk():
                 if isinstance(value, Tensor):
-                    found.append((path, *self._facts(value, path, storages)))
+                    found.append((path, self._facts(value, path, storages)))
                 else:
                     found.append((path, value))
         return found
 
-    def _facts(self, value: Tensor, path: str, storages: dict[int, str]) -> Iterator[Any]:
-        storage = _storage(value)
+    def _facts(self, value: Tensor, path: str, storages: dict[int, str]) -> _Facts:
+        storage = value.untyped_storage()
+        cdata = storage._cdata
         before = self._before.get(id(value))
-        moved = None if before is None else (_version(value) - before[0], before[1] == storage)
-        yield from (str(value.dtype), tuple(value.shape), _strides(value), value.storage_offset())
-        yield from (value.requires_grad, value.is_conj(), value.is_neg(), type(value))
-        yield from (storages.setdefault(storage, path), moved, _bytes(value))
-        if self.wide and not value.is_inference():
+        inference = value.is_inference()
+        told = value.requires_grad
+        history: Any = None
+        if self.wide and not inference:
             try:
-                history = value.grad_fn is not None
+                history = _History(
+                    value.grad_fn is not None,
+                    value.is_leaf,
+                    told and value._base is not None,
+                    value.retains_grad,
+                    len(value._backward_hooks or ()) if told and value.is_leaf else 0,
+                )
             except RuntimeError as e:  # a view that was made in another mode, and written to
-                yield _forbidden(e)
-                return
-            told = value.requires_grad
-            yield {
-                "grad_fn": history,
-                "leaf": value.is_leaf,
-                "view": self._is_view(value),
-                "retains_grad": value.retains_grad,
-                "hooks": len(value._backward_hooks or ()) if told and value.is_leaf else 0,
-            }
-
-    def _is_view(self, value: Tensor) -> bool:
-        told = value.requires_grad and "base_of_a_result" not in self.known
-        return told and value._base is not None
+                history = _forbidden(e)
+        return _Facts(
+            value.dtype,
+            tuple(value.shape),
+            _strides(value),
+            value.storage_offset(),
+            told,
+            value.is_conj(),
+            value.is_neg(),
+            inference,
+            type(value),
+            storages.setdefault(cdata, path),
+            None if before is None else (_version(value) - before[0], before[1] == cdata),
+            "beyond its memory" if _end(value) > storage.nbytes() else _bytes(value),
+            history,
+        )
 
     def derive(self, kind: int, i: int) -> list[Any]:
         """Differentiate the result; returns what that gives, or raises."""
@@ -583,6 +668,86 @@ _MUTABLE = (Tensor, list, dict, set, array.array, collections.deque, nn.Module)
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs", "_called"))}
 
 
+class _Kind(NamedTuple):
+    """How objects of a type are looked into.
+
+    Attributes:
+        identified: which object it is counts.
+        look: called with the object, its path, `seen` and `found` as in `_walk_into`.
+    """
+
+    identified: bool
+    look: Callable[[Any, str, dict[int, str], list[tuple[str, Any]]], None]
+
+
+def _look_at_items(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    found.append((path, f"{type(value).__name__} of {len(value)}"))
+    for i, item in enumerate(value):
+        _walk_into(item, f"{path}[{i}]", seen, found)
+
+
+def _look_at_dict(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    found.append((path, f"{type(value).__name__} with {list(value)}"))
+    for key, item in value.items():
+        _walk_into(item, f"{path}[{key!r}]", seen, found)
+
+
+def _look_at_tensor(value: Tensor, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    found.append((path, value))
+    grad = _grad(value)
+    if grad is not None:
+        _walk_into(grad, f"{path}.grad", seen, found)
+    attributes = vars(value)
+    if attributes:
+        _walk_into(attributes, f"{path}.__dict__", seen, found)
+
+
+def _look_at_numpy(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    text = f"numpy {value.dtype} {value.shape} {value.strides} {value.tolist()}"
+    found.append((path, text))
+
+
+def _look_at_attributes(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    items = vars(value).items()
+    hooks = [(name, len(item)) for name, item in items if name in _HOOKS]
+    found.append((path, (type(value).__name__, hooks)))
+    for name, item in items:
+        if name not in _HOOKS:
+            _walk_into(item, f"{path}.{name}", seen, found)
+
+
+def _look_at_callable(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    found.append((path, f"a {type(value).__name__}"))
+
+
+def _look_at_set(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    found.append((path, repr(sorted(value, key=repr))))
+
+
+def _look_at_text(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
+    found.append((path, repr(value)))
+
+
+@functools.cache
+def _kind_of(cls: type) -> _Kind:
+    look: Any = _look_at_text
+    if issubclass(cls, (list, tuple, collections.deque)):
+        look = _look_at_items
+    elif issubclass(cls, dict):
+        look = _look_at_dict
+    elif issubclass(cls, Tensor):
+        look = _look_at_tensor
+    elif cls.__module__ == "numpy":
+        look = _look_at_numpy
+    elif issubclass(cls, (nn.Module, types.SimpleNamespace)):
+        look = _look_at_attributes
+    elif any("__call__" in vars(base) for base in cls.__mro__):
+        look = _look_at_callable
+    elif issubclass(cls, set):
+        look = _look_at_set
+    return _Kind(issubclass(cls, _MUTABLE) or hasattr(cls, "__array__"), look)
+
+
 def walk(value: Any, path: str, seen: dict[int, str]) -> list[tuple[str, Any]]:
     """What can be seen of a value: (path, tensor or text) for all that it holds.
 
@@ -595,44 +760,17 @@ def walk(value: Any, path: str, seen: dict[int, str]) -> list[tuple[str, Any]]:
 
 
 def _walk_into(value: Any, path: str, seen: dict[int, str], found: list[tuple[str, Any]]) -> None:
-    if type(value) in _PLAIN:
+    cls = type(value)
+    if cls in _PLAIN:
         found.append((path, repr(value)))
         return
-    if isinstance(value, _MUTABLE) or hasattr(value, "__array__"):
-        if id(value) in seen:
-            found.append((path, f"the same object as {seen[id(value)]}"))
+    kind = _kind_of(cls)
+    if kind.identified:
+        met = seen.setdefault(id(value), path)
+        if met is not path:
+            found.append((path, f"the same object as {met}"))
             return
-        seen[id(value)] = path
-    if isinstance(value, (list, tuple, collections.deque)):
-        found.append((path, f"{type(value).__name__} of {len(value)}"))
-        for i, item in enumerate(value):
-            _walk_into(item, f"{path}[{i}]", seen, found)
-    elif isinstance(value, dict):
-        found.append((path, f"{type(value).__name__} with {list(value)}"))
-        for key, item in value.items():
-            _walk_into(item, f"{path}[{key!r}]", seen, found)
-    elif isinstance(value, Tensor):
-        found.append((path, value))
-        grad = _grad(value)
-        if grad is not None:
-            _walk_into(grad, f"{path}.grad", seen, found)
-        if vars(value):
-            _walk_into(vars(value), f"{path}.__dict__", seen, found)
-    elif type(value).__module__ == "numpy":
-        text = f"numpy {value.dtype} {value.shape} {value.strides} {value.tolist()}"
-        found.append((path, text))
-    elif isinstance(value, (nn.Module, types.SimpleNamespace)):
-        hooks = [(name, len(item)) for name, item in vars(value).items() if name in _HOOKS]
-        found.append((path, (type(value).__name__, hooks)))
-        for name, item in vars(value).items():
-            if name not in _HOOKS:
-                _walk_into(item, f"{path}.{name}", seen, found)
-    elif callable(value):
-        found.append((path, f"a {type(value).__name__}"))
-    elif isinstance(value, set):
-        found.append((path, repr(sorted(value, key=repr))))  # its order is left to chance
-    else:
-        found.append((path, repr(value)))
+    kind.look(value, path, seen, found)
 
 
 def _grad(t: Tensor) -> Tensor | None:
@@ -648,7 +786,7 @@ def _version(t: Tensor) -> int:
 
 def _strides(t: Tensor) -> tuple[int, ...]:
     """The strides that lead somewhere: those of one element, or of none, are left to chance."""
-    return tuple(s if n > 1 else 0 for n, s in zip(t.shape, t.stride())) if t.numel() else ()
+    return tuple([s if n > 1 else 0 for n, s in zip(t.shape, t.stride())]) if t.numel() else ()
 
 
 def _storage(t: Tensor) -> int:
@@ -657,29 +795,22 @@ def _storage(t: Tensor) -> int:
 
 def _exceeds_memory(t: Tensor) -> bool:
     """What eager leaves when it has set the sizes of a tensor, and cannot resize its storage."""
-    if not t.numel():
-        return False
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
-    return bool((t.storage_offset() + extent) * t.itemsize > t.untyped_storage().nbytes())
+    return _end(t) > t.untyped_storage().nbytes()
 
 
-def _bytes(t: Tensor) -> Any:
-    if _exceeds_memory(t):
-        return "beyond its memory"
-    if t.is_conj() or t.is_neg():
-        t = t.resolve_conj().resolve_neg()
-    if not t.numel():
-        return b""
-    if t.dtype.is_floating_point or t.dtype.is_complex:
+def _bytes(t: Tensor) -> bytes:
+    if t.dtype is torch.bfloat16:
+        t = t.float()  # numpy has no such type; the values of one are values of the other
+    array = t.numpy(force=True)
+    if array.dtype.kind in "fc":
         # One nan is as good as another.
-        nan = t.isnan()
+        nan = numpy.isnan(array)
         if nan.any():
-            t = torch.where(nan, torch.full_like(t, float("nan")), t)
-    flat = t.detach().contiguous().as_strided((t.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().tobytes()
+            array = numpy.where(nan, array.dtype.type("nan"), array)
+    return array.tobytes()
 
 
-def _compare(code: types.CodeType, known: Collection[str]) -> Outcome:
+def _compare(code: list[types.CodeType], known: Collection[str]) -> Outcome:
     eager, graph = _Side(code, known), _Side(code, known)
     graph.arguments = graph.inputs(0)
     before, _seed = graph.seen(), _seeded(0)

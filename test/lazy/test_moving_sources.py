@@ -9,6 +9,7 @@ capture must not have used them.
 import contextlib
 import datetime
 import functools
+import gc
 import io
 import itertools
 import logging
@@ -498,6 +499,20 @@ class AskedTest(unittest.TestCase):
     test_warned = makefunctiontest(warned, tensors((2,)))
     test_date_of_numbers = makefunctiontest(of_a_date, tensors((2,)))
     test_seeded = makefunctiontest(lambda x: x + random.Random(x=3).random(), tensors((2,)))
+
+    def test_callback_of_the_collector(self):
+        """It runs at moments that are none of the program's."""
+
+        def program(x):
+            gc.collect()
+            return x + 1
+
+        gc.callbacks.append(lambda phase, info: time.perf_counter() > 0)
+        try:
+            graph = extract_compiled_graph(program, (X,))
+        finally:
+            del gc.callbacks[-1]
+        self.assertEqual(graph(X).tolist(), (X + 1).tolist())
 
     def test_functions_are_back(self):
         before = (

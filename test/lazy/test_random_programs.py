@@ -190,6 +190,10 @@ NO_GRAD = {"ambient": "torch.no_grad()"}
 INFERENCE = {"ambient": "torch.inference_mode()"}
 HISTORY = "a = a * 1; b = a[0]"
 SHARED = "a = a.detach(); b = a.detach().requires_grad_()"
+IN_INFERENCE = "c = torch.inference_mode(); c.__enter__()"
+OUT_OF_IT = "c.__exit__(None, None, None)"
+THIRDS = "b = (a.detach() / 3 + 0.1).requires_grad_()"
+LEAF_VIEW = "a = random_tensor((2, 3), torch.float32).flip(0)[..., :2].requires_grad_(); b = a"
 WIDE_FOUND = {
     # Attributes of tensors: of the caller's they are effects, of results they come with them.
     "attribute_of_a_state_tensor": wide("self.s.tag = 3; return a * 1"),
@@ -328,6 +332,78 @@ WIDE_FOUND = {
     ),
     "cast_in_inference_mode": wide(
         "return a.bool(), a.to(torch.float64), a.reshape(-1)", **INFERENCE
+    ),
+    # Inference tensors, whatever the mode of the call is.
+    "inference_leaf_of_data": wide(
+        f"{IN_INFERENCE}; v = torch.tensor([1.0, 2.0], requires_grad=True); {OUT_OF_IT}; return v"
+    ),
+    "inference_leaf": wide(
+        f"{IN_INFERENCE}; v = torch.ones(2, requires_grad=True); {OUT_OF_IT}; return v, v[0]"
+    ),
+    "inference_leaf_of_a_value": wide(
+        f"{IN_INFERENCE}; v = (a * 1).requires_grad_(); {OUT_OF_IT}; return v"
+    ),
+    "inference_parameter": wide(f"{IN_INFERENCE}; v = nn.Parameter(a * 1); {OUT_OF_IT}; return v"),
+    "view_of_an_inference_tensor": wide(
+        f"{IN_INFERENCE}; v = a * 1; {OUT_OF_IT}; return v[0], v.view(-1), v * 2"
+    ),
+    "shared_memory_in_inference_mode": wide(
+        "k = b.is_inference(), a.is_inference(); b.mul_(2); return k, b[0], a * 1",
+        "a = a.detach(); b = a[0]",
+        **INFERENCE,
+    ),
+    "dirty_view_in_inference_mode": wide("Dirty.apply(b); return k", "b = a[0]", **INFERENCE),
+    "dirty_result_in_inference_mode": wide("return Dirty.apply(b)", "b = a[0]", **INFERENCE),
+    "detached_of_shared_memory_without_grad": wide(
+        "a.mul_(2); return b.detach(), a.detach()", "b = a[0]", **NO_GRAD
+    ),
+    "leaf_in_inference_mode": wide(
+        "v = a * 1; v.requires_grad_(); return v, v, torch.ones(2, requires_grad=True)", **INFERENCE
+    ),
+    # Parameters over memory that others have, too.
+    "copy_of_a_parameter": wide("v = copy.copy(self.w); v.tag = 1; return v, v * 2, v[0]"),
+    "copy_of_a_parameter_without_grad": wide("return copy.copy(self.w)", **NO_GRAD),
+    "parameter_over_an_argument": wide("v = nn.Parameter(a.detach()); return v, v * 2, v.view(-1)"),
+    "parameter_over_a_view": wide("return nn.Parameter(a[0])"),
+    "parameter_over_a_written_view": wide("b.mul_(2); return nn.Parameter(b[0], False)"),
+    # A history that a tensor forgets, and a view that was made before.
+    "view_before_a_flag_is_cleared": wide("v = a[0]; a.requires_grad_(False); return v, v * 2"),
+    "view_before_a_parameter_is_frozen": wide(
+        "v = self.w[0]; self.w.requires_grad_(False); return v"
+    ),
+    "view_before_its_base_is_detached": wide("v = b[0]; b.detach_(); return v", "b = a * 2"),
+    "result_before_a_flag_is_cleared": wide("v = a * 2; a.requires_grad_(False); return v, a * 3"),
+    # Equal values that are computed twice, in memory that no schema tells of.
+    "matrix_product_twice": wide(
+        "return a @ self.m.weight, a @ self.m.weight",
+        "a = a.detach().expand(2, 2, 3).requires_grad_(); b = a",
+    ),
+    "reshaped_twice": wide("return a.t().reshape(-1), a.t().reshape(-1)"),
+    # What a leaf gets from the program, and from elsewhere: a sum in eager's order.
+    "gradient_from_elsewhere": wide("return b, b / (b + 3.7)", THIRDS),
+    "gradient_from_elsewhere_many_times": wide(
+        "return b, b / (b + 3.7) + b.sin() * b.exp() + b / 3", THIRDS
+    ),
+    "gradient_from_elsewhere_of_a_history": wide("return b, b / (b + 3.7)", f"{THIRDS} * 1"),
+    "gradient_from_elsewhere_of_a_result": wide("v = b * 1; return v, v / (v + 3.7)", THIRDS),
+    "gradient_from_elsewhere_in_part": wide(
+        "return b, b / (b + 3.7), b.sin() * b.exp()", THIRDS, derive=2
+    ),
+    "second_gradient_from_elsewhere": wide("return b, b / (b + 3.7)", THIRDS, derive=5),
+    # A leaf that is a view of what does not require grad, whose views are views of that.
+    "view_of_a_leaf_that_is_a_view": wide("return a[0], a.view(-1)", LEAF_VIEW, **NO_GRAD),
+    "flag_of_a_view_of_such_a_leaf": wide("v = a[0]; return v.requires_grad", LEAF_VIEW, **NO_GRAD),
+    "copy_of_a_view_of_such_a_leaf": wide("return copy.copy(a[0])", LEAF_VIEW, **NO_GRAD),
+    "chunk_of_such_a_leaf": wide("return a.split(1)[0].requires_grad", LEAF_VIEW, **NO_GRAD),
+    "write_to_such_a_leaf": wide(
+        "torch.set_grad_enabled(False); a.mul_(2); torch.set_grad_enabled(True); return a[0]",
+        LEAF_VIEW,
+    ),
+    "write_beside_a_view_of_such_a_leaf": wide(
+        "v = a[0]; a.detach().mul_(2); return v", LEAF_VIEW, derive=3
+    ),
+    "write_beside_a_view_of_such_a_leaf_made_inside": wide(
+        "u = a.detach().t().requires_grad_(); v = u[0]; u.detach().mul_(2); return v", derive=3
     ),
 }
 

@@ -824,8 +824,9 @@ bool is_view_of_custom_operator(const c10::OperatorHandle& op) {
       !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
 }
 
-// Whether the result is a view of a tensor that was not made in inference mode.
-bool is_view_of_normal(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
+// Of a view, whether it is one of an inference tensor; nothing of what is no view.
+std::optional<bool>
+inference_of_view(const c10::OperatorHandle& op, const Stack& stack, size_t begin) {
   const c10::FunctionSchema& schema = op.schema();
   const bool view =
       std::any_of(schema.returns().begin(), schema.returns().end(), [](const c10::Argument& r) {
@@ -834,8 +835,10 @@ bool is_view_of_normal(const c10::OperatorHandle& op, const Stack& stack, size_t
   // `to` and `reshape` give a view, or no view: what they are made of tells.
   const bool decides = view && !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
   const IValue& viewed = stack[begin];
-  return decides && viewed.isTensor() && viewed.toTensor().defined() &&
-      !viewed.toTensor().is_inference();
+  if (!decides || !viewed.isTensor() || !viewed.toTensor().defined()) {
+    return std::nullopt;
+  }
+  return viewed.toTensor().is_inference();
 }
 
 // A reduction computes in the dtype of `out`, where functionalization computes in another one
@@ -960,6 +963,45 @@ void check_shared_history(
   }
 }
 
+// A leaf that is a view of a tensor that does not require grad: its views are views of that tensor.
+// So, once the memory is written to, no way leads from them to the leaf.
+void check_leaf_views(
+    Recorder& recorder,
+    const c10::OperatorHandle& op,
+    const std::vector<Written>& written) {
+  for (const Written& w : written) {
+    if (recorder.leaf_views.count(storage_of(w.tensor)) == 0) {
+      continue;
+    }
+    for (const auto& weak : recorder.made) {
+      const auto impl = weak.lock();
+      const at::Tensor t = impl ? at::Tensor(impl) : at::Tensor();
+      if (t.defined() && fi::isFunctionalTensor(t) && storage_of(t) == storage_of(w.tensor) &&
+          t.requires_grad() && !t.is_leaf() && t.is_view()) {
+        throw Unsupported(
+            c10::str(
+                op.schema().operator_name(),
+                " writes (at ",
+                recorder.describe(recorder.current_source()),
+                ") to memory that the program holds a view of, of a leaf that is itself a view of "
+                "a "
+                "tensor that does not require grad: eager forgets the way from the view to the "
+                "leaf. Make the view after the write, or the leaf of a clone"));
+      }
+    }
+  }
+}
+
+// A view of such a leaf that is made without grad mode does not require grad.
+void forget_leaf(Recorder& recorder, const Stack& views) {
+  for_each_tensor(views, 1, [&](const at::Tensor& t) {
+    if (t.defined() && fi::isFunctionalTensor(t) && t.requires_grad() && t.is_leaf() &&
+        t.is_view() && recorder.leaf_views.count(storage_of(t)) != 0) {
+      t.unsafeGetTensorImpl()->set_autograd_meta(nullptr);
+    }
+  });
+}
+
 // Set between the two visits of an operator to `lift_kernel`.
 thread_local bool lifted_arguments = false;
 // With that: to go on to `select_kernel`.
@@ -997,6 +1039,7 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
   }
   std::vector<Written> written = written_to(op, *stack, begin);
   check_shared_history(recorder, op, written);
+  check_leaf_views(recorder, op, written);
   const bool fused = is_fused(op);
   if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view) && !fused) {
     try {
@@ -1033,15 +1076,19 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
     const bool inexact = has_inexact_inverse(op);
     const Stack given =
         inexact ? Stack(stack->begin() + static_cast<int64_t>(begin), stack->end()) : Stack();
-    // In inference mode, a view of a tensor that is none of that mode's is none either; the wrapper
-    // of a functional tensor would be.
-    std::optional<c10::InferenceMode> normal;
+    // A view of an inference tensor is one, and any other is none, in whatever mode it is made; the
+    // wrapper of a functional tensor would go by the mode.
+    std::optional<c10::InferenceMode> mode;
     std::optional<at::NoGradGuard> without_grad;
-    if (c10::InferenceMode::is_enabled() && is_view_of_normal(op, *stack, begin)) {
-      normal.emplace(false);
+    const std::optional<bool> inference = inference_of_view(op, *stack, begin);
+    if (inference && *inference != c10::InferenceMode::is_enabled()) {
+      mode.emplace(*inference);
       without_grad.emplace();
     }
     op.callBoxed(stack);
+    if (inference && !recorder.leaf_views.empty()) {
+      forget_leaf(recorder, *stack);
+    }
     if (inexact) {
       make_reversible(op, given, stack->back().toTensor());
     }

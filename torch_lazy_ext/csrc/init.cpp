@@ -213,6 +213,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             };
           },
           "Call a function after each write to the memory of a tensor.")
+      .def("note_leaf", &Recorder::note_leaf, py::arg("twin"), py::arg("leaf"))
       .def("alive", &Recorder::alive)
       .def("is_nested", &Recorder::is_nested)
       .def("nested_tensors", &Recorder::nested_tensors)
@@ -425,6 +426,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("boundary") = std::vector<ValueRef>(),
       py::arg("random") = true,
       py::arg("collectives") = true);
+  m.def(
+      "makes_views",
+      [](const std::string& name, const std::string& overload) {
+        return makes_views(
+            c10::Dispatcher::singleton()
+                .findSchemaOrThrow(name.c_str(), overload.c_str())
+                .schema());
+      },
+      "Whether the results of an operator share the memory of an argument.");
   m.def("share_version_counter", &share_version_counter);
   m.def("update_boundary", &update_boundary);
   m.def(

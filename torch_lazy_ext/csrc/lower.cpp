@@ -36,8 +36,7 @@ void visit_owners(Recorder& recorder, ValueRef v, F&& visit) {
     view = false;
     for (size_t i = 0; n.call && i < n.call->arguments.size() && !view; ++i) {
       const Argument& a = n.call->arguments[i];
-      const c10::AliasInfo* alias = n.call->op.schema().arguments()[i].alias_info();
-      if (a.kind == ArgKind::Tensor && alias != nullptr && !alias->isWrite()) {
+      if (a.kind == ArgKind::Tensor && is_viewed(n.call->op.schema(), i)) {
         v = a.values[0];
         view = true;
       }
@@ -250,6 +249,27 @@ class Lowering {
 };
 
 } // namespace
+
+bool is_viewed(const c10::FunctionSchema& schema, size_t argument) {
+  // Their schemas do not say that the result shares the argument's memory.
+  static const std::unordered_set<std::string> unannotated = {
+      "aten::_unsafe_view",
+      "aten::unsafe_chunk",
+      "aten::unsafe_split",
+      "aten::unsafe_split_with_sizes"};
+  const c10::AliasInfo* alias = schema.arguments()[argument].alias_info();
+  return alias != nullptr ? !alias->isWrite()
+                          : argument == 0 && unannotated.count(schema.name()) != 0;
+}
+
+bool makes_views(const c10::FunctionSchema& schema) {
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    if (is_viewed(schema, i)) {
+      return true;
+    }
+  }
+  return false;
+}
 
 torch::lazy::TSOpVector GenericNode::Lower(
     std::shared_ptr<torch::jit::GraphFunction> function,

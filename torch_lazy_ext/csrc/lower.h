@@ -7,6 +7,11 @@
 
 namespace tle {
 
+// Whether results of an operator can share the memory of this argument, which they do not write to.
+bool is_viewed(const c10::FunctionSchema& schema, size_t argument);
+
+bool makes_views(const c10::FunctionSchema& schema);
+
 struct Lowered {
   std::shared_ptr<torch::jit::Graph> graph;
   // For each graph input, the index of the lifted tensor it reads.

@@ -443,6 +443,7 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
     twin.storage().unsafeGetStorageImpl()->set_throw_on_mutable_data_ptr();
     if (tensor.requires_grad() && tensor.is_leaf()) {
       source = twin.requires_grad_(true);
+      note_leaf(twin, tensor);
     } else if (tensor.requires_grad()) {
       source = make_tensor({n->id, 0}, /*wrap_functional=*/true).requires_grad_(true);
       give_history<Given>(twin, source);
@@ -452,6 +453,13 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
   input_by_twin[twin.unsafeGetTensorImpl()] = inputs.size();
   inputs.push_back({tensor, twin, n->id, source, constant});
   return twin;
+}
+
+void Recorder::note_leaf(const at::Tensor& twin, const at::Tensor& leaf) {
+  if (twin.requires_grad() && twin.is_leaf() && leaf.is_view() && !leaf._base().requires_grad()) {
+    const c10::Storage& storage = fi::unsafeGetFunctionalWrapper(twin)->unsafe_storage();
+    leaf_views.emplace(storage.unsafeGetStorageImpl(), storage);
+  }
 }
 
 at::Tensor Recorder::add_tangent(const at::Tensor& output) {
@@ -482,6 +490,8 @@ at::Tensor Recorder::add_tangent(const at::Tensor& output) {
 // The twin is a view of the twin of the whole storage, so that functionalization sees
 // what a write to one tensor does to another.
 at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
+  // As `tensor` is: where it is met decides nothing.
+  c10::InferenceMode inference(tensor.is_inference());
   int64_t base = -1;
   for (size_t i = 0; i < inputs.size() && base < 0; ++i) {
     const at::Tensor& other = inputs[i].tensor;
@@ -526,6 +536,7 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
     twin = twin.detach(); // it shares its memory with others, and its history with none
     if (tensor.requires_grad() && tensor.is_leaf()) {
       source = twin.requires_grad_(true);
+      note_leaf(twin, tensor);
     } else if (tensor.requires_grad()) {
       source = twin.detach().requires_grad_(true);
       give_history<Given>(twin, source);
@@ -796,6 +807,7 @@ void Recorder::release() {
   input_by_twin.clear();
   rebound.clear();
   watched.clear();
+  leaf_views.clear();
   nested.clear();
   made.clear();
 }

@@ -182,6 +182,11 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   std::unordered_map<c10::TensorImpl*, Nested> nested; // by `given`
   // Called after a write to one of these storages of functional tensors.
   std::unordered_map<c10::StorageImpl*, std::function<void()>> watched;
+  // Memory of leaves that are views of a tensor that does not require grad, which eager takes their
+  // views for views of.
+  std::unordered_map<c10::StorageImpl*, c10::Storage> leaf_views;
+  // Looks whether `twin`, which is a leaf by now, is one of those; `leaf`: what it stands for.
+  void note_leaf(const at::Tensor& twin, const at::Tensor& leaf);
   // What the program was refused, also when it caught the error.
   std::string refusal;
   std::vector<Guard> guards;

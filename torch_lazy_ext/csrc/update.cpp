@@ -1,5 +1,7 @@
 #include "update.h"
 
+#include "lower.h"
+
 #include <torch/csrc/jit/runtime/operator.h>
 
 #include <algorithm>
@@ -15,17 +17,11 @@ using torch::jit::Value;
 
 namespace {
 
-bool is_view(const c10::FunctionSchema& schema) {
-  return std::any_of(schema.arguments().begin(), schema.arguments().end(), [](const auto& a) {
-    return a.alias_info() != nullptr && !a.alias_info()->isWrite();
-  });
-}
-
 bool is_elementwise(const OperatorCall& call) {
   static const std::unordered_set<std::string> copies = {
       "aten::clone", "aten::copy", "aten::_to_copy"};
   const std::string& name = call.op.schema().name();
-  return call.op.hasTag(at::Tag::pointwise) || is_view(call.op.schema()) ||
+  return call.op.hasTag(at::Tag::pointwise) || makes_views(call.op.schema()) ||
       name.rfind("aten::_foreach_", 0) == 0 || name.rfind("aten::_fused_", 0) == 0 ||
       copies.count(name) != 0;
 }
@@ -34,7 +30,7 @@ bool is_elementwise(const OperatorCall& call) {
 const torch::jit::Operator* in_place_variant(const Node* node) {
   const c10::FunctionSchema* schema = node->maybeSchema();
   if (schema == nullptr || node->inputs().empty() || node->outputs().size() != 1 ||
-      schema->is_mutable() || is_view(*schema)) {
+      schema->is_mutable() || makes_views(*schema)) {
     return nullptr;
   }
   const c10::Symbol kind = c10::Symbol::fromQualString(schema->name() + "_");
@@ -63,7 +59,7 @@ bool reads_last(const Node* node, const Value* value) {
       return true;
     }
     const c10::FunctionSchema* schema = use.user->maybeSchema();
-    return schema != nullptr && !is_view(*schema) && use.user->isBefore(node);
+    return schema != nullptr && !makes_views(*schema) && use.user->isBefore(node);
   });
 }
 
@@ -139,7 +135,7 @@ void copy_when_unread(Graph& graph, Value* target, Value* value) {
     for (const Use& use : aliases[i]->uses()) {
       later(use.user);
       const c10::FunctionSchema* schema = use.user->maybeSchema();
-      if (schema == nullptr || is_view(*schema)) {
+      if (schema == nullptr || makes_views(*schema)) {
         aliases.insert(aliases.end(), use.user->outputs().begin(), use.user->outputs().end());
       }
     }
@@ -191,7 +187,7 @@ std::vector<ValueRef> update_boundary(
     if (first[v.node] == 0 || !call) {
       return;
     }
-    if (is_view(call->op.schema())) {
+    if (makes_views(call->op.schema())) {
       // Made anew, so that nothing from outside shares the memory that is written to.
       call->for_each_value(read);
     } else if (std::find(boundary.begin(), boundary.end(), v) == boundary.end()) {
