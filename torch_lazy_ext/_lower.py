@@ -1834,6 +1834,9 @@ class _Sources:
             viewed = _viewed(recorder, leaf, lifted[base][0])
             return self._strided(base, viewed, not about.shares_version)
         elif base >= 0 and about.mutated:
+            found = self._view_of_leaf(leaf) if leaf.requires_grad else None
+            if found is not None:
+                return found
             of_base = leaf._base is not None and leaf._base.requires_grad
             made_so = leaf.requires_grad and leaf.is_leaf and not of_base
             if not len(about.views) and not made_so:

@@ -236,6 +236,13 @@ class Capture:
         if kwargs or tensor.grad_fn is None:
             text: str = self.read(func, tensor, **kwargs)
             return text
+        user = self._user(tensor)
+        if user is not None and not _autograd.is_leaf(user):
+            raise self.refusal(
+                f"the program makes a text (at {_moving.user_line()}) of a tensor that it is given "
+                "with a history, which says where the tensor comes from, and each call may have "
+                "one from elsewhere: use the text of `detach()`"
+            )
         # The text of the value, and as PyTorch would add it, where the tensor comes from.
         text = self.read(func, tensor.detach())
         name = type(tensor.grad_fn).__name__
@@ -380,6 +387,12 @@ class Capture:
             raise self.refusal(
                 f"an assignment to `.data` (at {_moving.user_line()}) changes in inference mode "
                 "what is a view of a tensor that was made outside: assign outside of the mode, or "
+                "to a clone"
+            )
+        if own is None and is_view(twin) and not _autograd.is_leaf(twin):
+            raise self.refusal(
+                f"an assignment to `.data` (at {_moving.user_line()}) changes a view that has a "
+                "history: it goes on to be a view of one tensor, in the memory of another. Assign "
                 "to a clone"
             )
         layout = (new.shape, new.dtype, new.stride())

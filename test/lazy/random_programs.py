@@ -418,8 +418,13 @@ def modes_kept() -> Iterator[None]:
 
 
 class _History(NamedTuple):
-    """What autograd tells of a tensor; `view`: only where it requires grad, for a replay's views of
-    other tensors are no more than their memory.
+    """What autograd tells of a tensor.
+
+    Attributes:
+        view: only where it requires grad: a replay's views of other tensors share the memory, and
+            autograd has nothing to tell of them.
+        hooks: of a leaf. What the program registers on its other results runs in their extracted
+            backward, and not from their dictionaries.
     """
 
     grad_fn: bool
@@ -573,7 +578,7 @@ class _Side:
                     value.is_leaf,
                     told and value._base is not None,
                     value.retains_grad,
-                    len(value._backward_hooks or ()) if told and value.is_leaf else 0,
+                    len(value._backward_hooks or ()) if value.is_leaf else 0,
                 )
             except RuntimeError as e:  # a view that was made in another mode, and written to
                 history = _forbidden(e)
@@ -605,9 +610,8 @@ class _Side:
         elif kind == 2:
             roots[0].sum().backward()
         elif kind == 3:
-            # How a gradient lies in memory is how eager's tangent happens to.
             found = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
-            return [None if g is None else g.contiguous() for g in found]
+            return list(found)
         elif kind == 4:
             total.backward(retain_graph=True)
             (total * 2).backward()
@@ -616,7 +620,7 @@ class _Side:
             second = [g.pow(2).sum() for g in first if g is not None and g.requires_grad]
             if second:
                 sum(second).backward()  # type: ignore[union-attr]
-            return [None if g is None else g.detach().contiguous() for g in first]
+            return [None if g is None else g.detach() for g in first]
         return []
 
     def derived(self, kind: int, i: int) -> str | None:
@@ -640,7 +644,8 @@ class _Side:
 
 
 def _forbidden(error: RuntimeError) -> str:
-    """What autograd says of a view that must not be used, without how it was made."""
+    """What autograd says of a view that must not be used, without the name of the function that gave
+    it, which is another one in a replay."""
     text = str(error)
     return "a view that autograd forbids to use" if " modified inplace" in text else text
 
@@ -721,7 +726,7 @@ def _look_at_callable(value: Any, path: str, seen: dict[int, str], found: list[A
 
 
 def _look_at_set(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
-    found.append((path, repr(sorted(value, key=repr))))
+    found.append((path, repr(list(value))))
 
 
 def _look_at_text(value: Any, path: str, seen: dict[int, str], found: list[Any]) -> None:
@@ -860,7 +865,8 @@ def _compare(code: list[types.CodeType], known: Collection[str]) -> Outcome:
             kinds = [None if e is None else e.partition(":")[0] for e in raised]
             assert kinds[0] == kinds[1], f"derivative of call {i}: {raised[0]}\ngraph: {raised[1]}"
             if kinds[0] is not None:
-                # Which leaves had their gradients by then is left to the engine's order.
+                # Which leaves had their gradients by then: a replay's backward is one function, which
+                # gives all of its gradients or none.
                 return Outcome("raises")
             _expect(eager.seen(), graph.seen(), f"derivative of call {i}")
         if eager.error is None and i != 1:

@@ -360,6 +360,13 @@ WIDE_FOUND = {
     "leaf_in_inference_mode": wide(
         "v = a * 1; v.requires_grad_(); return v, v, torch.ones(2, requires_grad=True)", **INFERENCE
     ),
+    "data_of_shared_memory_in_inference_mode": wide(
+        "a.data.masked_fill_(a > 2, 2); return b * 1, a.data", "b = a[0]", **INFERENCE
+    ),
+    "text_of_a_history": wide("return str(a), str(b), str(a * 1), f'{b[0]}'", HISTORY, **NO_GRAD),
+    "data_of_a_view_with_a_history": wide(
+        "v = a * 1; self.s = v.view(-1); self.s.data = a * 2; return a"
+    ),
     # Parameters over memory that others have, too.
     "copy_of_a_parameter": wide("v = copy.copy(self.w); v.tag = 1; return v, v * 2, v[0]"),
     "copy_of_a_parameter_without_grad": wide("return copy.copy(self.w)", **NO_GRAD),
@@ -395,6 +402,17 @@ WIDE_FOUND = {
     "flag_of_a_view_of_such_a_leaf": wide("v = a[0]; return v.requires_grad", LEAF_VIEW, **NO_GRAD),
     "copy_of_a_view_of_such_a_leaf": wide("return copy.copy(a[0])", LEAF_VIEW, **NO_GRAD),
     "chunk_of_such_a_leaf": wide("return a.split(1)[0].requires_grad", LEAF_VIEW, **NO_GRAD),
+    "view_of_a_leaf_made_over_such_a_leaf": wide(
+        "v = a.detach().requires_grad_(); u = v[:1]; a.neg_(); return u, v", LEAF_VIEW, **NO_GRAD
+    ),
+    "write_beside_a_view_of_a_leaf_made_over_such_a_leaf": wide(
+        "v = a.detach().requires_grad_(); u = v[:1]; a.detach().neg_(); return v * 2", LEAF_VIEW
+    ),
+    "view_of_such_a_leaf_that_is_turned": wide(
+        "torch.set_grad_enabled(False); b.t_(); torch.set_grad_enabled(True); return b * 2",
+        f"{LEAF_VIEW}.t()",
+        derive=3,
+    ),
     "write_to_such_a_leaf": wide(
         "torch.set_grad_enabled(False); a.mul_(2); torch.set_grad_enabled(True); return a[0]",
         LEAF_VIEW,

@@ -963,31 +963,50 @@ void check_shared_history(
   }
 }
 
+// Whether eager takes `t`, which is a view to the recorder, for a view of a tensor that does
+// not require grad.
+bool is_view_without_grad(Recorder& recorder, const at::Tensor& t) {
+  const at::TensorBase base = t._base();
+  const auto input = recorder.input_by_twin.find(base.unsafeGetTensorImpl());
+  if (input == recorder.input_by_twin.end()) {
+    return !base.requires_grad();
+  }
+  const at::Tensor& given = recorder.inputs[input->second].tensor;
+  return given.is_view() && !given._base().requires_grad();
+}
+
 // A leaf that is a view of a tensor that does not require grad: its views are views of that tensor.
 // So, once the memory is written to, no way leads from them to the leaf.
 void check_leaf_views(
     Recorder& recorder,
     const c10::OperatorHandle& op,
-    const std::vector<Written>& written) {
-  for (const Written& w : written) {
-    if (recorder.leaf_views.count(storage_of(w.tensor)) == 0) {
+    const std::vector<at::Tensor>& changed) {
+  for (const at::Tensor& one : changed) {
+    if (recorder.leaf_views.count(storage_of(one)) == 0) {
       continue;
+    }
+    bool affected = false;
+    for (const LiftedInput& input : recorder.inputs) {
+      affected = affected ||
+          (input.source.defined() && !input.tensor.is_leaf() && input.tensor.is_view() &&
+           !input.tensor._base().requires_grad() && storage_of(input.twin) == storage_of(one));
     }
     for (const auto& weak : recorder.made) {
       const auto impl = weak.lock();
       const at::Tensor t = impl ? at::Tensor(impl) : at::Tensor();
-      if (t.defined() && fi::isFunctionalTensor(t) && storage_of(t) == storage_of(w.tensor) &&
-          t.requires_grad() && !t.is_leaf() && t.is_view()) {
-        throw Unsupported(
-            c10::str(
-                op.schema().operator_name(),
-                " writes (at ",
-                recorder.describe(recorder.current_source()),
-                ") to memory that the program holds a view of, of a leaf that is itself a view of "
-                "a "
-                "tensor that does not require grad: eager forgets the way from the view to the "
-                "leaf. Make the view after the write, or the leaf of a clone"));
-      }
+      affected = affected ||
+          (t.defined() && fi::isFunctionalTensor(t) && storage_of(t) == storage_of(one) &&
+           t.requires_grad() && !t.is_leaf() && t.is_view() && is_view_without_grad(recorder, t));
+    }
+    if (affected) {
+      throw Unsupported(
+          c10::str(
+              op.schema().operator_name(),
+              " writes (at ",
+              recorder.describe(recorder.current_source()),
+              ") to memory that the program holds a view of, of a leaf that is itself a view of a "
+              "tensor that does not require grad: eager forgets the way from the view to the "
+              "leaf. Make the view after the write, or the leaf of a clone"));
     }
   }
 }
@@ -996,7 +1015,8 @@ void check_leaf_views(
 void forget_leaf(Recorder& recorder, const Stack& views) {
   for_each_tensor(views, 1, [&](const at::Tensor& t) {
     if (t.defined() && fi::isFunctionalTensor(t) && t.requires_grad() && t.is_leaf() &&
-        t.is_view() && recorder.leaf_views.count(storage_of(t)) != 0) {
+        t.is_view() && recorder.leaf_views.count(storage_of(t)) != 0 &&
+        is_view_without_grad(recorder, t)) {
       t.unsafeGetTensorImpl()->set_autograd_meta(nullptr);
     }
   });
@@ -1039,7 +1059,16 @@ bool record_lifted(Recorder& recorder, const c10::OperatorHandle& op, Stack* sta
   }
   std::vector<Written> written = written_to(op, *stack, begin);
   check_shared_history(recorder, op, written);
-  check_leaf_views(recorder, op, written);
+  if (!recorder.leaf_views.empty()) {
+    std::vector<at::Tensor> changed;
+    for (const Written& w : written) {
+      changed.push_back(w.tensor);
+    }
+    if (op.hasTag(at::Tag::inplace_view) && fi::isFunctionalTensor((*stack)[begin].toTensor())) {
+      changed.push_back((*stack)[begin].toTensor());
+    }
+    check_leaf_views(recorder, op, changed);
+  }
   const bool fused = is_fused(op);
   if (op.schema().is_mutable() && !op.hasTag(at::Tag::inplace_view) && !fused) {
     try {

@@ -447,6 +447,7 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
     } else if (tensor.requires_grad()) {
       source = make_tensor({n->id, 0}, /*wrap_functional=*/true).requires_grad_(true);
       give_history<Given>(twin, source);
+      note_leaf(twin, tensor);
     }
   }
   input_by_impl[tensor.unsafeGetTensorImpl()] = inputs.size();
@@ -456,7 +457,7 @@ at::Tensor Recorder::lift_alone(const at::Tensor& tensor, bool constant) {
 }
 
 void Recorder::note_leaf(const at::Tensor& twin, const at::Tensor& leaf) {
-  if (twin.requires_grad() && twin.is_leaf() && leaf.is_view() && !leaf._base().requires_grad()) {
+  if (twin.requires_grad() && leaf.is_view() && !leaf._base().requires_grad()) {
     const c10::Storage& storage = fi::unsafeGetFunctionalWrapper(twin)->unsafe_storage();
     leaf_views.emplace(storage.unsafeGetStorageImpl(), storage);
   }
@@ -540,6 +541,7 @@ at::Tensor Recorder::lift_storage(const at::Tensor& tensor) {
     } else if (tensor.requires_grad()) {
       source = twin.detach().requires_grad_(true);
       give_history<Given>(twin, source);
+      note_leaf(twin, tensor);
     }
   }
   input_by_impl[tensor.unsafeGetTensorImpl()] = inputs.size();
