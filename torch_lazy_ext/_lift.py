@@ -177,6 +177,8 @@ OBJECTS_OF_TORCH = (
     torch.quasirandom.SobolEngine,
 )
 CONTENT = object()  # as a key: everything in a list
+# Of a numpy array up to this size a copy is kept while the program is recorded.
+LARGEST_COPY = 1 << 24  # bytes
 
 
 class Change:
@@ -188,6 +190,38 @@ class Change:
         self.owner = owner
         self.key = key
         self.value = value
+
+
+class _Array:
+    """A numpy array that was there before the program, and must be the same after it.
+
+    A large one, and one that refers to objects, is read-only meanwhile.
+    """
+
+    def __init__(self, array: Any, name: str) -> None:
+        self.name = name
+        self.array = array
+        self._before: Any = None
+        self.is_locked = array.nbytes > LARGEST_COPY or array.dtype.hasobject
+        if self.is_locked:
+            array.flags.writeable = False
+        else:
+            self._before = array.copy(order="K")
+
+    def put_back(self) -> bool:
+        """Whether the program has written to it."""
+        array, before = self.array, self._before
+        if self.is_locked:
+            array.flags.writeable = True
+            return False
+        if array.shape == before.shape and array.tobytes() == before.tobytes():
+            return False
+        if array.shape != before.shape and array.flags.owndata:
+            array.resize(before.shape, refcheck=False)
+        elif array.shape != before.shape:  # the memory cannot have been resized
+            array.shape = before.shape
+        sys.modules["numpy"].copyto(array, before)
+        return True
 
 
 class State:
@@ -240,6 +274,7 @@ class State:
         self.types: dict[type, bool] = {}
         self.locals: list[tuple[threading.local, dict[str, Any]]] = []
         self.arrays: list[tuple[Any, str]] = []
+        self._kept_arrays: list[_Array] = []  # those that can be written to
         self.dynamic = False
         self.entered: set[int] = set()  # ids of code objects whose globals were looked into
         self._codes: list[types.CodeType] = []  # which these ids are of
@@ -481,6 +516,30 @@ class State:
 
     def _look_into_array(self, value: Any, name: str, found: _Found) -> None:
         self.arrays.append((value, name))
+        if self._ran is None and value.flags.writeable:
+            self._kept_arrays.append(_Array(value, name))
+
+    @contextlib.contextmanager
+    def unlocked(self, array: Any) -> Iterator[None]:
+        """Meanwhile an array is as the program found it."""
+        found = [a for a in self._kept_arrays if a.array is array and a.is_locked]
+        for kept in found:
+            kept.array.flags.writeable = True
+        try:
+            yield
+        finally:
+            for kept in found:
+                kept.array.flags.writeable = False
+
+    @property
+    def locks_arrays(self) -> bool:
+        return any(kept.is_locked for kept in self._kept_arrays)
+
+    def put_arrays_back(self) -> list[str]:
+        """Undo what was written to numpy arrays since the walk; the names of these."""
+        # A view can be written to again when its base can.
+        by_base = sorted(self._kept_arrays, key=lambda kept: kept.array.base is not None)
+        return [kept.name for kept in by_base if kept.put_back()]
 
     def _look_into_structure_of_library(self, value: Any, name: str, found: _Found) -> None:
         self.objects.append(value)

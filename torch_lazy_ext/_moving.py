@@ -245,6 +245,14 @@ def user_line() -> str:
     return innermost
 
 
+def line_of(error: BaseException) -> str:
+    """The line that raised an error."""
+    found = error.__traceback__
+    while found is not None and found.tb_next is not None:
+        found = found.tb_next
+    return f"{found.tb_frame.f_code.co_filename}:{found.tb_lineno}" if found else ""
+
+
 class StandIn:
     """Takes the place of something that moves: every use of it is refused."""
 

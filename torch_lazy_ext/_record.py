@@ -197,7 +197,8 @@ class Capture:
                 self.numbers(data), *numbers, **{k: self.numbers(v) for k, v in kwargs.items()}
             )
         shared = self.arrays.of(data)
-        made = self._standalone(_FROM_NUMPY, data)
+        with self._state.unlocked(data):
+            made = self._standalone(_FROM_NUMPY, data)
         if shared is None:
             foreign = id(_owner(data)) in self.foreign
             made = self.recorder.lift(made, constant=True)
@@ -1320,6 +1321,8 @@ def _record(
         misused = isinstance(error, TypeError) or _moving.Moment.__name__ in str(error)
         if misused and capture.moving.clock:
             recorder.refusal = capture.moving.clock
+        if isinstance(error, ValueError) and "read-only" in str(error) and state.locks_arrays:
+            recorder.refusal = _written_array("", _moving.line_of(error))
         if not isinstance(error, UnsupportedError):
             _check_refusal(recorder)
         raise
@@ -1328,6 +1331,7 @@ def _record(
         raise
     finally:
         drawn = capture.moving.put_back()
+        arrays = state.put_arrays_back()
         recording.changes = state.take_back()
         recording.attributes = _attributes_set(capture, state, recording)
         capture.autograd.restore()
@@ -1357,6 +1361,11 @@ def _record(
     if drawn:
         recorder.release()
         raise _moving.drawn_from(drawn[0])
+    if arrays:
+        recorder.release()
+        name = arrays[0].rpartition(".")[2]
+        codes = [e.code for e in recording.ran.entries if not e.library]
+        raise UnsupportedError(_written_array(name, _code.line_of(codes, name) if name else ""))
     if creates and capture.creations:
         recorder.release()
         raise CreatesState(capture.creations)
@@ -1466,6 +1475,15 @@ def _attributes_set(
             if before.get(key, _MISSING) is not value
         ]
     return found
+
+
+def _written_array(name: str, place: str) -> str:
+    named = f", `{name}`" if name else ""
+    at = f" (at {place})" if place else ""
+    return (
+        f"the program writes to a numpy array that was there before it{named}{at}, which a replay "
+        "would not do again: copy the array first, or use a tensor"
+    )
 
 
 def check_plain(tensor: torch.Tensor, what: str) -> None:

@@ -26,10 +26,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
-from torch_lazy_ext import UnsupportedError, extract_compiled_graph
+from torch_lazy_ext import UnsupportedError, _lift, extract_compiled_graph
 
 World = tuple[Callable[[torch.Tensor], Any], Callable[[], Any]]
 ROWS: dict[str, Callable[[], World]] = {}
@@ -552,6 +553,130 @@ ENDS: dict[Callable[[Any], None], type[BaseException] | None] = {
     is_refused: UnsupportedError,
     is_interrupted: Interrupt,
 }
+
+
+class Kept:
+    """Where a program finds an array."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+
+def large() -> Any:
+    return numpy.zeros(_lift.LARGEST_COPY // 8 + 1)
+
+
+WRITES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "item": (lambda: numpy.zeros(3), lambda a: a.__setitem__(0, 1)),
+    "slice": (lambda: numpy.zeros(3), lambda a: a[1:].fill(2)),
+    "in place": (lambda: numpy.zeros(3), lambda a: a.__iadd__(1)),
+    "out": (lambda: numpy.zeros(3), lambda a: numpy.add(a, 1, out=a)),
+    "method": (lambda: numpy.array([3, 1, 2]), lambda a: a.sort()),
+    "transposed": (lambda: numpy.zeros((2, 3)).T, lambda a: a.__setitem__((0, 1), 1)),
+    "part of a larger one": (lambda: numpy.zeros(9)[::2], lambda a: a.__setitem__(0, 1)),
+    "shape": (lambda: numpy.zeros(4), lambda a: setattr(a, "shape", (2, 2))),
+    "shape of a part": (lambda: numpy.zeros(9)[:4], lambda a: setattr(a, "shape", (2, 2))),
+    "objects": (lambda: numpy.array([object(), None]), lambda a: a.__setitem__(0, 1)),
+    "large": (large, lambda a: a.__setitem__(0, 1)),
+    "part of a large one": (lambda: large()[1:], lambda a: a.__setitem__(0, 1)),
+}
+FOUND_IN: dict[str, Callable[[Any, Any], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    "closure": lambda a, write: (lambda x: (write(a), x * 2)[1], ()),
+    "argument": lambda a, write: (lambda x, a: (write(a), x * 2)[1], (a,)),
+    "argument's list": lambda a, write: (lambda x, held: (write(held[0]), x * 2)[1], ([a],)),
+    "attribute": lambda a, write: ((lambda k: lambda x: (write(k.array), x * 2)[1])(Kept(a)), ()),
+    "default": lambda a, write: (lambda x, a=a: (write(a), x * 2)[1], ()),
+}
+
+
+class ArrayTest(unittest.TestCase):
+    """What numpy writes is not recorded: it is undone and refused."""
+
+    def test_writes(self) -> None:
+        for way, (make, write) in WRITES.items():
+            for place, put in FOUND_IN.items():
+                with self.subTest(way, place=place):
+                    array = make()
+                    text = array.shape, array.tobytes()
+                    program, further = put(array, write)
+                    with self.assertRaisesRegex(
+                        UnsupportedError, "writes to a numpy array that was there before it"
+                    ):
+                        extract_compiled_graph(program, (torch.ones(2), *further))
+                    self.assertEqual((array.shape, array.tobytes()), text)
+                    self.assertTrue(array.flags.writeable)
+                    program(torch.ones(2), *further)
+                    self.assertNotEqual((array.shape, array.tobytes()), text)
+
+    def test_program_that_raises(self) -> None:
+        array = numpy.zeros(3)
+
+        def program(x):
+            array[0] = 1
+            raise ValueError("mine")
+
+        with self.assertRaisesRegex(ValueError, "mine"):
+            extract_compiled_graph(program, (torch.ones(2),))
+        self.assertEqual(array.tolist(), [0, 0, 0])
+
+    def test_base_and_views(self) -> None:
+        for base in (numpy.zeros(4), large()):
+            views = [base, base[1:], base[:3], base[1:3]]
+
+            def program(x, views=views):
+                views[3][0] = 1
+                return x * 2
+
+            before = base.tobytes()
+            with self.assertRaisesRegex(UnsupportedError, "writes to a numpy array"):
+                extract_compiled_graph(program, (torch.ones(2),))
+            self.assertEqual(base.tobytes(), before)
+            self.assertTrue(all(v.flags.writeable for v in views))
+
+    def test_line(self) -> None:
+        array, big = numpy.zeros(3), large()
+        line = program_line = 0
+
+        def small_one(x):
+            array[0] = 1
+            return x
+
+        def large_one(x):
+            big[0] = 1
+            return x
+
+        for program in (small_one, large_one):
+            line = program.__code__.co_firstlineno + 1
+            with self.assertRaisesRegex(UnsupportedError, rf"test_left_behind\.py:{line}\)"):
+                extract_compiled_graph(program, (torch.ones(2),))
+            self.assertGreater(line, program_line)
+            program_line = line
+
+    def test_read(self) -> None:
+        """Arrays that are only read, or that the program makes; and those that nobody may write."""
+        array, big, locked = numpy.ones(3), large(), numpy.ones(3)
+        locked.flags.writeable = False
+
+        def program(x):
+            own = array.copy()
+            own[0] = 3
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                ours = torch.from_numpy(own) + torch.from_numpy(big)[:3] + float(array[1])
+            return x * ours + float(locked[0])
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            graph = extract_compiled_graph(program, (torch.ones(3, dtype=torch.float64),))
+        for _ in range(2):
+            x = torch.randn(3, dtype=torch.float64)
+            self.assertTrue(torch.equal(graph(x), program(x)))
+        self.assertEqual(len(graph.specializations), 1)
+        self.assertTrue(big.flags.writeable)
+        self.assertFalse(locked.flags.writeable)
+        array[1] = 5
+        x = torch.randn(3, dtype=torch.float64)
+        self.assertTrue(torch.equal(graph(x), program(x)))
 
 
 class LeftBehindTest(unittest.TestCase):
