@@ -277,6 +277,16 @@ class Autograd:
                     set_grad(leaf, None)
         return result
 
+    def node_of_twin(self, node: Any) -> Any:
+        """The node of autograd that has the part of one of the user's, where that is a tensor's."""
+        leaf = getattr(node, "variable", None)  # of what accumulates a gradient
+        for tensor, twin, constant, _base in self.recorder.lifted():
+            if constant or tensor is None or not requires_grad(twin):
+                continue
+            if tensor is leaf or (leaf is None and _grad_fn(tensor) is node):
+                return torch.autograd.graph.get_gradient_edge(twin).node
+        return node
+
     def _relate(self, inputs: list[torch.Tensor]) -> None:
         for tensor, twin, constant, _base in self.recorder.lifted():
             if inputs and not constant and requires_grad(twin) and not is_leaf(tensor):

@@ -131,6 +131,13 @@ ENTRIES: tuple[Entry, ...] = (
         "torch.autograd.backward",
     ),
     Entry(
+        "torch._C",
+        "_will_engine_execute_node",
+        "function in C",
+        "replaced: a hook of several tensors asks for nodes of these, and their twins have others",
+        _GRADIENTS,
+    ),
+    Entry(
         "torch.autograd",
         "_is_checkpoint_valid",
         "function",

@@ -461,6 +461,10 @@ class Capture:
             self._collect_gradients()
         return result
 
+    def will_execute(self, func: Any, node: Any) -> bool:
+        answer: bool = func(self.autograd.node_of_twin(node))
+        return answer
+
     def is_checkpoint_valid(self, func: Any) -> bool:
         # After the program its results are differentiated as by a backward without inputs.
         self.autograd.checkpoints = self.autograd.checkpoints or self._resumed
@@ -1013,6 +1017,8 @@ def _install() -> None:
     engine = _function(torch.autograd.graph._engine_run_backward, Capture.run_backward)
     replace(torch.autograd, "_engine_run_backward", engine)
     replace(torch.autograd.graph, "_engine_run_backward", engine)
+    executes = _function(torch._C._will_engine_execute_node, Capture.will_execute)
+    replace(torch._C, "_will_engine_execute_node", executes)
     valid = _function(torch.autograd._is_checkpoint_valid, Capture.is_checkpoint_valid)
     replace(torch.autograd, "_is_checkpoint_valid", valid)
     for name, handler in _FROM_ARRAY.items():

@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import functools
 import random
 import unittest
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import functional as F
 
 from torch_lazy_ext import UnsupportedError, extract_compiled_graph
@@ -334,6 +336,51 @@ class HooksBeforeTest(unittest.TestCase):
         with self.assertRaisesRegex(UnsupportedError, "removes a hook"):
             extract_compiled_graph(program, (torch.ones(2, 3),))
         self.assertEqual(len(module.weight._backward_hooks), 1)
+
+
+class MultiGradHookTest(unittest.TestCase):
+    """Hooks of several tensors, which count the nodes of these that a backward runs."""
+
+    def check(self, program: Callable[..., Any], **options: Any) -> None:
+        logs: list[list[Any]] = []
+        for extracts in (False, True):
+            torch.manual_seed(0)
+            module, unused = nn.Linear(3, 2), torch.ones(2, requires_grad=True)
+            tensors = [module.weight, unused, module.bias]
+            log: list[Any] = []
+            register_multi_grad_hook(tensors, _logs(log), **options)
+            step = functools.partial(program, module, unused)
+            run = extract_compiled_graph(step, (torch.ones(2, 3),)) if extracts else step
+            self.assertEqual(log, [])
+            for i in range(4):
+                module.zero_grad()
+                result = run(torch.full((2, 3), i + 1.0))
+                if result is not None:
+                    result.backward()
+                log.append(module.weight.grad.sum())
+            logs.append(log)
+        self.assertGreater(len(logs[0]), 4, "no hook has run")
+        self.assertEqual(str(logs[0]), str(logs[1]))
+
+    def test_backward_inside(self) -> None:
+        self.check(lambda module, unused, x: module(x).sum().backward())
+
+    def test_with_what_is_elsewhere_unused(self) -> None:
+        self.check(lambda module, unused, x: (module(x) * unused).sum().backward())
+
+    def test_backward_outside(self) -> None:
+        self.check(lambda module, unused, x: (module(x) * unused).sum())
+
+    def test_two_backwards(self) -> None:
+        def program(module: nn.Module, unused: Tensor, x: Tensor) -> None:
+            module(x).sum().backward()
+            (module(x) * unused).pow(2).sum().backward()
+
+        self.check(program)
+
+
+def _logs(log: list[Any]) -> Callable[[Any], None]:
+    return lambda gradients: log.append([g if g is None else g.sum() for g in gradients])
 
 
 def _times_ten(gradient: Tensor) -> Tensor:
