@@ -434,6 +434,37 @@ class _History(NamedTuple):
     hooks: int
 
 
+class _Values:
+    """The elements of a tensor, to the bit, but that one nan is as good as another."""
+
+    __slots__ = ("_dtype", "_raw")
+
+    def __init__(self, t: Tensor) -> None:
+        if t.dtype is torch.bfloat16:
+            t = t.float()  # numpy has no such type; the values of one are values of the other
+        elements = t.numpy(force=True)
+        self._dtype = elements.dtype
+        self._raw = elements.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Values):
+            return False
+        return self._raw == other._raw or self._with_one_nan() == other._with_one_nan()
+
+    def __hash__(self) -> int:
+        raise TypeError("values are compared, and no keys")
+
+    def _with_one_nan(self) -> bytes:
+        elements = numpy.frombuffer(self._raw, self._dtype)
+        if elements.dtype.kind not in "fc":
+            return self._raw
+        nan = numpy.isnan(elements)
+        return numpy.where(nan, elements.dtype.type("nan"), elements).tobytes()
+
+    def __repr__(self) -> str:
+        return f"{numpy.frombuffer(self._raw, self._dtype).tolist()} = {self._raw!r}"
+
+
 class _Facts(NamedTuple):
     """What can be seen of a tensor.
 
@@ -456,7 +487,7 @@ class _Facts(NamedTuple):
     cls: type
     memory: str
     moved: tuple[int, bool] | None
-    values: bytes | str
+    values: _Values | str
     history: Any
 
 
@@ -594,7 +625,7 @@ class _Side:
             type(value),
             storages.setdefault(cdata, path),
             None if before is None else (_version(value) - before[0], before[1] == cdata),
-            "beyond its memory" if _end(value) > storage.nbytes() else _bytes(value),
+            "beyond its memory" if _end(value) > storage.nbytes() else _Values(value),
             history,
         )
 
@@ -801,18 +832,6 @@ def _storage(t: Tensor) -> int:
 def _exceeds_memory(t: Tensor) -> bool:
     """What eager leaves when it has set the sizes of a tensor, and cannot resize its storage."""
     return _end(t) > t.untyped_storage().nbytes()
-
-
-def _bytes(t: Tensor) -> bytes:
-    if t.dtype is torch.bfloat16:
-        t = t.float()  # numpy has no such type; the values of one are values of the other
-    array = t.numpy(force=True)
-    if array.dtype.kind in "fc":
-        # One nan is as good as another.
-        nan = numpy.isnan(array)
-        if nan.any():
-            array = numpy.where(nan, array.dtype.type("nan"), array)
-    return array.tobytes()
 
 
 def _compare(code: list[types.CodeType], known: Collection[str]) -> Outcome:
