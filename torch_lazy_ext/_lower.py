@@ -1855,6 +1855,9 @@ class _Sources:
         differentiable = leaf.requires_grad and leaf.grad_fn is not None
         of_user = base >= 0 and not lifted[base][2] and len(about.views) > 0
         if of_user and leaf.requires_grad and leaf.is_leaf and not about.mutated:
+            found = self._view_of_leaf(leaf)
+            if found is not None:
+                return found
             # Of what requires grad, a view without a history says so, too.
             made_so = leaf._base is None or not leaf._base.requires_grad
             owner = FromLifted(base, alias=not about.shares_version)

@@ -402,6 +402,9 @@ WIDE_FOUND = {
     "flag_of_a_view_of_such_a_leaf": wide("v = a[0]; return v.requires_grad", LEAF_VIEW, **NO_GRAD),
     "copy_of_a_view_of_such_a_leaf": wide("return copy.copy(a[0])", LEAF_VIEW, **NO_GRAD),
     "chunk_of_such_a_leaf": wide("return a.split(1)[0].requires_grad", LEAF_VIEW, **NO_GRAD),
+    "view_without_grad_of_a_leaf_over_an_argument": wide(
+        "v = a.detach().requires_grad_(); return v[:1], v", **NO_GRAD
+    ),
     "view_of_a_leaf_made_over_such_a_leaf": wide(
         "v = a.detach().requires_grad_(); u = v[:1]; a.neg_(); return u, v", LEAF_VIEW, **NO_GRAD
     ),
