@@ -1811,6 +1811,10 @@ class _Sources:
         lifted = recorder.lifted()
         base = about.base_lifted
         if base >= 0 and lifted[base][2]:
+            of_leaf = leaf._base is not None and leaf._base.requires_grad and leaf.is_leaf
+            found = self._view_of_result(leaf) if of_leaf and leaf.requires_grad else None
+            if found is not None:
+                return found
             if not about.mutated and (leaf.is_leaf or not leaf.requires_grad):
                 return FromConstant(
                     base,

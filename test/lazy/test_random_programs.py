@@ -405,6 +405,15 @@ WIDE_FOUND = {
     "view_without_grad_of_a_leaf_over_an_argument": wide(
         "v = a.detach().requires_grad_(); return v[:1], v", **NO_GRAD
     ),
+    "view_without_grad_of_a_leaf_of_data": wide(
+        "v = torch.tensor([1.0, 2.0], requires_grad=True); return v[None], v[:1]", **NO_GRAD
+    ),
+    "view_in_inference_mode_of_a_leaf_of_data": wide(
+        "v = torch.tensor([1.0, 2.0], requires_grad=True); return v[None], v", **INFERENCE
+    ),
+    "view_of_a_leaf_over_an_argument_in_inference_mode": wide(
+        "v = b.detach().requires_grad_(); return v.view(-1), v.detach()", HISTORY, **INFERENCE
+    ),
     "view_of_a_leaf_made_over_such_a_leaf": wide(
         "v = a.detach().requires_grad_(); u = v[:1]; a.neg_(); return u, v", LEAF_VIEW, **NO_GRAD
     ),
