@@ -642,7 +642,9 @@ class _Side:
             roots[0].sum().backward()
         elif kind == 3:
             found = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
-            return list(found)
+            # Eager's tangent may lie as nothing but its own gradient formula makes it, broadcast or
+            # transposed; a replay's is dense, and so is what is made of it.
+            return [None if g is None else g.contiguous() for g in found]
         elif kind == 4:
             total.backward(retain_graph=True)
             (total * 2).backward()
@@ -651,7 +653,7 @@ class _Side:
             second = [g.pow(2).sum() for g in first if g is not None and g.requires_grad]
             if second:
                 sum(second).backward()  # type: ignore[union-attr]
-            return [None if g is None else g.detach() for g in first]
+            return [None if g is None else g.detach().contiguous() for g in first]
         return []
 
     def derived(self, kind: int, i: int) -> str | None:
