@@ -8,6 +8,7 @@ dictionaries, sets), everything is.
 
 from __future__ import annotations
 
+import abc
 import contextvars
 import functools
 import os
@@ -158,17 +159,23 @@ def _guard_code(
     relied: Relied,
 ) -> None:
     found: set[Any] = set()
+    named: set[Any] = set()  # the same, by code that is no library's
     types: set[type] = set()
     known: set[int] = set()
     for entry in ran.entries:
         if id(entry.code) not in known:
             known.add(id(entry.code))
-            variant._add_code(entry.code, entry.globals, entry.library, ran.kept_by(entry), found)
+            into = found if entry.library else named
+            variant._add_code(entry.code, entry.globals, entry.library, ran.kept_by(entry), into)
         if entry.first is not None:
             types.add(entry.first)
         if entry.function is not None:
             variant._add_function(entry.function, id(entry.function) not in arguments)
-    for value in found:
+    if any(isinstance(value, abc.ABCMeta) for value in named | state.types.keys()):
+        # What is an instance of such a class changes with each `register`.
+        _add_getter(variant, abc.get_cache_token)
+        relied.settings.append(("abc.get_cache_token()", repr(abc.get_cache_token())))
+    for value in found | named:
         if isinstance(value, type):
             types.add(value)
         elif isinstance(value, contextvars.ContextVar):

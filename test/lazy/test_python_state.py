@@ -6,6 +6,7 @@ Each kind of `READS` is a program and a change that it can see. The program is c
 nothing changes, gives what eager gives after the change, and `explain()` names what it relies on.
 """
 
+import abc
 import array
 import collections
 import contextlib
@@ -263,6 +264,30 @@ def bases_of_a_class():
 
     held = Held()
     return lambda x: x * held.scale(), lambda: setattr(Held, "__bases__", (Five,)), "objects"
+
+
+@row
+def class_registered_as_a_subclass():
+    class Kind(abc.ABC):  # noqa: B024
+        pass
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    program = lambda x: x * 2 if isinstance(thing, Kind) else x  # noqa: E731
+    return program, lambda: Kind.register(Thing), "abc.get_cache_token() = "
+
+
+@row
+def class_registered_as_a_mapping():
+    class Thing:
+        pass
+
+    thing = Thing()
+    program = lambda x: x * 2 if isinstance(thing, collections.abc.Mapping) else x  # noqa: E731
+    change = functools.partial(collections.abc.Mapping.register, Thing)
+    return program, change, "abc.get_cache_token() = "
 
 
 @row
