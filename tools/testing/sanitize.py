@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitized"
 FLAG = "-fsanitize=address"
 ASSERTED = ROOT / "build" / "asserted"
-ASSERTIONS = "-UNDEBUG -DPYBIND11_ASSERT_GIL_HELD_INCREF_DECREF -D_GLIBCXX_ASSERTIONS"
+ASSERTIONS = ("-DPYBIND11_ASSERT_GIL_HELD_INCREF_DECREF", "-D_GLIBCXX_ASSERTIONS")
 # What goes through each part of the extension, in a few minutes.
 DEFAULT_TESTS = (
     "lazy/test_extract_compiled_graph",
@@ -80,7 +80,8 @@ def build(assertions: bool = False) -> None:
     """
     flags = {"CFLAGS": f"{FLAG} -fno-omit-frame-pointer", "LDFLAGS": FLAG}
     if assertions:
-        flags = {"CFLAGS": ASSERTIONS}
+        header = Path(__file__).parent / "assertions.h"
+        flags = {"CFLAGS": shlex.join([*ASSERTIONS, "-include", str(header)])}
     folder = ASSERTED if assertions else BUILD
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder)],
