@@ -32,6 +32,35 @@ FROZEN_BY_PYTHON = 1000
 PATIENCE = 2.0  # seconds that a capture waits for those of other threads
 
 
+class _Rest:
+    """Python collects no cycles by itself while any thread is within this.
+
+    It would look again and again through what a capture makes, and run what others have in
+    `gc.callbacks` as if the program had called it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._thresholds = gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._thresholds = gc.get_threshold()
+                gc.set_threshold(0)
+            self._count += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                gc.set_threshold(*self._thresholds)
+
+
+rest = _Rest()
+
+
 class Since:
     """Tells what Python objects were made since a moment, until it is closed.
 
@@ -44,9 +73,6 @@ class Since:
     which fails when anybody else refers to it: so ids are kept here, and no references. An id that
     is given to another object meanwhile is that of an object made since all the same.
 
-    Until then Python collects nothing by itself: it would look again and again through what a
-    capture makes, and run what others have in `gc.callbacks` as if the program had called it.
-
     Captures of several threads take turns: each changes the state of its program for a time, which
     another one may share, and each counts references. But a program that waits for the capture of
     another thread must not wait for ever: after `PATIENCE` they overlap.
@@ -58,7 +84,6 @@ class Since:
     _all: ClassVar[list[Since]] = []  # those that are open
     _freezes = False
     _rests = False  # the collector, which was enabled
-    _thresholds = gc.get_threshold()  # that the collector had
 
     def __init__(self) -> None:
         self._young: set[int] = set()  # ids of what was made since, and then set aside
@@ -72,8 +97,6 @@ class Since:
                 Since._rests = not Since._freezes and gc.isenabled()
                 if Since._rests:
                     gc.disable()
-                Since._thresholds = gc.get_threshold()
-                gc.set_threshold(0)
             Since._set_aside()
             Since._all.append(self)
         return self
@@ -94,7 +117,6 @@ class Since:
                 gc.unfreeze()
             if Since._rests:
                 gc.enable()
-            gc.set_threshold(*Since._thresholds)
 
     @staticmethod
     def _fresh() -> list[Any]:

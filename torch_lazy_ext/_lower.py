@@ -1410,7 +1410,7 @@ def _write(
         viewed = _viewed(recorder, twin, lifted[base if base >= 0 else index][0])
         offset = int(viewed.storage_offset()) - int(tensor.storage_offset())
         meta = (list(viewed.shape), list(viewed.stride()), offset)
-    differentiable = _has_own_history(twin, recorder.sources()[index])
+    differentiable = _has_own_history(twin, recorder.source(index))
     if differentiable and base >= 0:
         raise UnsupportedError(
             "the program writes a result that requires grad to a tensor that it was given, and "
@@ -1521,6 +1521,20 @@ class _Base:
 
 # What a tensor is a view of (the index of a lifted tensor, or a result), and how.
 _Aliases = list[tuple[int | torch.Tensor, _C.ViewSequence]]
+
+
+class _Inputs:
+    """The lifted tensors of a recorder, of which each is looked up when it is asked for."""
+
+    def __init__(self, recorder: _C.Recorder) -> None:
+        self._recorder = recorder
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, bool, int]:
+        found: tuple[torch.Tensor, torch.Tensor, bool, int] = self._recorder.input(index)
+        return found
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool, int]]:
+        return iter(self._recorder.lifted())
 
 
 class _Sources:
@@ -1808,7 +1822,7 @@ class _Sources:
         if view is not None:
             return view
         about = recorder.describe(leaf)
-        lifted = recorder.lifted()
+        lifted = _Inputs(recorder)
         base = about.base_lifted
         if base >= 0 and lifted[base][2]:
             of_leaf = leaf._base is not None and leaf._base.requires_grad and leaf.is_leaf
@@ -1875,7 +1889,7 @@ class _Sources:
             )
         alias_of: _Aliases = []
         if differentiable and of_user:
-            source_of_base = recorder.sources()[base]
+            source_of_base = recorder.source(base)
             if _is_plain_view(leaf, lifted[base][1]) or (
                 base in self._forgetting
                 and source_of_base is not None
@@ -2018,7 +2032,7 @@ class _Sources:
     def _view_of_member(self, leaf: torch.Tensor, members: list[int]) -> FromView:
         """The source of a view of one of the tensors that share memory that is written to."""
         for i in members:
-            twin = self.recorder.lifted()[i][1]
+            twin = self.recorder.input(i)[1]
             views = self._views_after(leaf, twin) if leaf._base is twin else None
             if views is not None and (leaf.grad_fn is None or _is_plain_view(leaf, twin)):
                 self._check_hooks(leaf, twin)

@@ -1235,7 +1235,7 @@ def record(
         CreatesState: the recording has to be repeated with the optimizers' state in its place.
         Exception: whatever the program itself raises.
     """
-    with _escapes.Since() as since:
+    with _escapes.rest, _escapes.Since() as since:
         recording = _record(fn, args, kwargs, state, shared, verify_layouts, creates)
         recorder = recording.recorder
         try:
@@ -1387,13 +1387,13 @@ def _record(
             "the program writes to the memory of a numpy array through torch.from_numpy: pass a "
             "tensor instead of the array"
         )
-    twins = [twin for _user, twin, _constant, _base in recorder.lifted()]
+    twins = {id(twin) for _user, twin, _constant, _base in recorder.lifted()}
     strays = [
         twin
         for user, twin, constant, _base in recorder.lifted()
         if not constant and id(user) not in capture.gradients
     ]
-    strays += [s for s in recorder.sources() if s is not None and all(s is not t for t in twins)]
+    strays += [s for s in recorder.sources() if s is not None and id(s) not in twins]
     if moved or any(t.is_leaf and t.grad is not None for t in strays):
         recorder.release()
         raise UnsupportedError(

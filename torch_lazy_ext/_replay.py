@@ -21,6 +21,7 @@ from torch_lazy_ext import (
     _autograd,
     _code,
     _compile,
+    _escapes,
     _fx,
     _gradients,
     _interrupts,
@@ -183,7 +184,7 @@ class Specialization(_C.Variant):
         modes = _function_modes()
         devices = [m.device if isinstance(m, DeviceContext) else m for m in modes]
         self._set_surroundings(_C.Surroundings.now(), devices)
-        with contextlib.ExitStack() as undo:
+        with _escapes.rest, contextlib.ExitStack() as undo:
             state, recorder, lowered, self._creations, ran = capture(
                 fn, args, kwargs, flat, undo, verify_layouts
             )

@@ -97,7 +97,9 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
   d.version = !seen.is_inference()         ? static_cast<int64_t>(seen._version())
       : writes != r.inference_writes.end() ? writes->second
                                            : 0;
-  for (size_t i = 0; i < r.inputs.size(); ++i) {
+  // An input that is in no group is the only one over its memory.
+  const bool alone = d.lifted >= 0 && r.inputs[d.lifted].base < 0;
+  for (size_t i = alone ? d.lifted : 0; i < r.inputs.size(); ++i) {
     auto* w = fi::unsafeGetFunctionalWrapper(r.inputs[i].twin);
     // After Tensor.set_, the memory is another one's.
     if (w->unsafe_storage().unsafeGetStorageImpl() == storage && !w->was_storage_changed()) {
@@ -113,6 +115,18 @@ Described describe_tensor(Recorder& r, const at::Tensor& t) {
   d.value = c->value;
   d.views.metas = wrapper->view_metas();
   return d;
+}
+
+// The leaf of the capture that the gradient of an input belongs to. It may have become a leaf that
+// requires grad in the program, or ceased to be.
+std::optional<at::Tensor> source_of(const LiftedInput& i) {
+  const at::Tensor& leaf = i.source.defined() ? i.source : i.twin;
+  const bool wanted = !i.constant && leaf.requires_grad() && leaf.is_leaf();
+  return wanted ? std::optional(leaf) : std::nullopt;
+}
+
+py::tuple as_tuple(const LiftedInput& i) {
+  return py::make_tuple(i.tensor, i.twin, i.constant, i.base);
 }
 
 // The value of the base of the storage that `t` belongs to, all updates applied.
@@ -275,14 +289,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const Recorder& r) {
             std::vector<std::optional<at::Tensor>> out;
             for (const LiftedInput& i : r.inputs) {
-              // It may have become a leaf that requires grad in the program, or ceased to be.
-              const at::Tensor& leaf = i.source.defined() ? i.source : i.twin;
-              const bool wanted = !i.constant && leaf.requires_grad() && leaf.is_leaf();
-              out.push_back(wanted ? std::optional(leaf) : std::nullopt);
+              out.push_back(source_of(i));
             }
             return out;
           },
           "For each lifted tensor, the leaf of the capture that its gradient belongs to.")
+      .def(
+          "source",
+          [](const Recorder& r, size_t index) { return source_of(r.inputs.at(index)); },
+          "One of `sources`.")
       .def("random_position", &Recorder::random_position)
       .def("seek", &Recorder::seek)
       .def("generators", &Recorder::generators)
@@ -318,10 +333,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const Recorder& r) {
             py::list out;
             for (const LiftedInput& i : r.inputs) {
-              out.append(py::make_tuple(i.tensor, i.twin, i.constant, i.base));
+              out.append(as_tuple(i));
             }
             return out;
-          })
+          },
+          "For each lifted tensor: it, its twin, whether it is a constant, and its group or -1.")
+      .def(
+          "input",
+          [](const Recorder& r, size_t index) { return as_tuple(r.inputs.at(index)); },
+          "One of `lifted`.")
       .def_property_readonly("fallbacks", [](const Recorder& r) { return r.fallbacks; })
       .def(
           "guards",
