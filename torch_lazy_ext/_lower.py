@@ -2032,7 +2032,7 @@ class _Sources:
     def _view_of_member(self, leaf: torch.Tensor, members: list[int]) -> FromView:
         """The source of a view of one of the tensors that share memory that is written to."""
         for i in members:
-            twin = self.recorder.input(i)[1]
+            twin = _Inputs(self.recorder)[i][1]
             views = self._views_after(leaf, twin) if leaf._base is twin else None
             if views is not None and (leaf.grad_fn is None or _is_plain_view(leaf, twin)):
                 self._check_hooks(leaf, twin)
