@@ -230,6 +230,16 @@ def note(entered: Callable[..., None] | None) -> _C.Ran:
     return _C.Ran(LIBRARIES, OWN, entered, torch.backends.ContextProp)
 
 
+def place_of(ran: Ran) -> str:
+    """Where the first function of the program's own that ran begins: "name, file:line"."""
+    for entry in ran.entries:
+        if not entry.library:
+            code = entry.code
+            file = code.co_filename.rpartition("/")[2]
+            return f"{code.co_name}, {file}:{code.co_firstlineno}"
+    return ""
+
+
 def line_of(codes: Iterable[types.CodeType], name: str) -> str:
     """Where the first of `codes` that names something does so: "file:line", or nothing."""
     for code in codes:

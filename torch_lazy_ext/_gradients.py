@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 
-from torch_lazy_ext import _C, _compile, _interrupts, _lift, _lower, _record
+from torch_lazy_ext import (
+    _C,
+    _code,
+    _compile,
+    _interrupts,
+    _lift,
+    _lower,
+    _namespaces,
+    _record,
+    _tree,
+)
 from torch_lazy_ext._errors import UnsupportedError
 
 # Products of a backward that autocast computes in its own type.
@@ -31,10 +41,21 @@ Path = tuple[frozenset[int], ...]
 
 
 class Backward:
-    """The extracted backward of a variant: a graph of its own, and what belongs around it."""
+    """The extracted backward of a variant: a graph of its own, and what belongs around it.
 
-    def __init__(self, lowered: _lower.Backward, compiler: _compile.Compiler) -> None:
+    Args:
+        read: makes a guard of what code in it has read of Python.
+    """
+
+    def __init__(
+        self,
+        lowered: _lower.Backward,
+        compiler: _compile.Compiler,
+        read: Callable[[_code.Ran], _namespaces.Read],
+    ) -> None:
         self.lowered = lowered
+        self.read = None if lowered.ran is None else read(lowered.ran)
+        lowered.ran = None
         self._compiler = compiler
         unsuitable = "sizes that depend on the data" if lowered.guards else ""
         self._graph = _compile.Graph(lowered.graph, unsuitable=unsuitable)
@@ -140,7 +161,8 @@ class Derivatives:
                 try:
                     lowered = _lower.lower_derivative(recording, state, path)
                     origin.check_lifted(recording.recorder)
-                    known = _Derivative(lowered, recording.recorder)
+                    arguments = _tree.flatten((origin.args, origin.kwargs)).leaves
+                    known = _Derivative(lowered, recording, state, arguments)
                 finally:
                     recording.recorder.release()
                 self._known[path] = known
@@ -212,13 +234,29 @@ def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
 class _Derivative:
     """Gradients as a graph of the lifted tensors and the tangents, with a backward of its own."""
 
-    def __init__(self, lowered: _lower.Derivative, recorder: _C.Recorder) -> None:
+    def __init__(
+        self,
+        lowered: _lower.Derivative,
+        recording: _record.Recording,
+        state: _lift.State,
+        arguments: list[Any],
+    ) -> None:
         self.lowered = lowered
+        recorder = recording.recorder
         inputs = recorder.lifted()
         self.reads = [i for i in lowered.parameters if not inputs[i][2]]
         self.program = _C.Program(lowered.graph)
         compiler = _compile.Compiler("torchscript", False)
-        self.backwards = [Backward(b, compiler) for b in lowered.backwards]
+        read = functools.partial(
+            _namespaces.Read,
+            state,
+            program=recording.ran,
+            written=recording.written,
+            lifted=[None if constant else tensor for tensor, _twin, constant, _base in inputs],
+            arguments=set(map(id, arguments)),
+            placement=_C.Placement(offset=False, view=False, leaf=False),
+        )
+        self.backwards = [Backward(b, compiler, read) for b in lowered.backwards]
         self._recorder: _C.Recorder | None = recorder  # until the first run
 
     def run(self, inputs: dict[int, torch.Tensor]) -> list[torch.Tensor] | None:
@@ -255,7 +293,7 @@ def attach(
     tensors: list[torch.Tensor],
     values: list[torch.Tensor],
     made: Sequence[Callable[[], torch.Tensor]],
-) -> None:
+) -> list[_Call]:
     """Give the results of a replay their place in the autograd graph of the caller.
 
     Args:
@@ -263,6 +301,9 @@ def attach(
         written: the memory that the call is going to write to.
         values: the roots of the forward; those that require grad are replaced.
         made: gives each of the further leaves, when all that it depends on is in its place.
+
+    Returns:
+        What has to be told when the call has had its effects (`_Call.note_left`).
     """
     # What is saved is the value before the call wrote to it.
     kept = {r: values[r] for backward in backwards for r in backward.lowered.saved}
@@ -271,6 +312,7 @@ def attach(
             if t.untyped_storage().data_ptr() in written:
                 kept[r] = t.clone()
     every = dict(enumerate(tensors))
+    calls: list[_Call] = []
     for backward in backwards:
         for i in backward.lowered.wrt:
             if i < 0 and i not in every:
@@ -281,6 +323,9 @@ def attach(
         _apply(call, values)
         if origin.refused:
             call.inputs = {}
+        if backward.read is not None:
+            calls.append(call)
+    return calls
 
 
 def _apply(call: _Call, values: list[torch.Tensor]) -> None:
@@ -327,6 +372,25 @@ class _Call:
         self.origin = origin
         self.path = path
         self.inputs = inputs
+        self._read = backward.read
+        if self._read is not None:
+            self._tensors = self._read.tensors(inputs)
+            self._left: list[Any] = []
+
+    def note_left(self) -> None:
+        """The call has had its effects."""
+        assert self._read is not None
+        self._left = self._read.left()
+
+    def check_read(self) -> None:
+        """Raise an error where code of the program would read something else than was recorded."""
+        if self._read is not None and not self._read.holds(self._tensors, self._left):
+            raise UnsupportedError(
+                "something that the backward of an extracted graph has read of Python (a hook or a "
+                f"custom autograd.Function: {self._read.place}) was changed since the call, and "
+                "the graph holds what it was then: change it after backward(), or call the program "
+                "itself"
+            )
 
     def differentiably(self, tangents: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
         return _interrupts.whole(lambda: self._differentiably(tangents))
@@ -371,6 +435,8 @@ class _Call:
         for backward in derivative.backwards if torch.is_grad_enabled() else ():
             saved = [values[r] for r in backward.lowered.saved]
             call = _Call(backward, saved, origin, path, inputs)
+            if backward.read is not None:
+                call.note_left()
             # As eager's, a gradient has a history where something in it requires grad.
             if any(inputs[i].requires_grad for i in backward.lowered.wrt):
                 _apply(call, values)
@@ -415,6 +481,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
         call: _Call = ctx.call
+        call.check_read()
         lowered = call.backward.lowered
         if lowered.whole and not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(

@@ -191,6 +191,18 @@ class Change:
         self.key = key
         self.value = value
 
+    def make(self) -> None:
+        """Do it again."""
+        if self.key is CONTENT:
+            _tree.refill(self.owner, self.value)
+        else:
+            Slot(self.owner, self.key, "").write(self.value)
+
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for two changes that leave the same objects in one place."""
+        value = tuple(map(id, self.value)) if self.key is CONTENT else id(self.value)
+        return id(self.owner), self.key if isinstance(self.key, str) else id(self.key), value
+
 
 class _Array:
     """A numpy array that was there before the program, and must be the same after it.
@@ -347,6 +359,33 @@ class State:
         self._put.clear()
         self._make = None  # which may hold this
         return changes
+
+    @contextlib.contextmanager
+    def after(self, changes: list[Change]) -> Iterator[list[Change]]:
+        """Meanwhile all is as the program has left it, in a context of its own for ContextVars.
+
+        Args:
+            changes: what the program did, and was taken back.
+
+        Yields:
+            A list that gets what else was done meanwhile, which is taken back, too.
+        """
+        further: list[Change] = []
+        for change in changes:
+            change.make()
+        try:
+            yield further
+        finally:
+            own = {change.identity() for change in changes}
+            now = self.take_back()
+            found = {change.identity() for change in now}
+            further += [c for c in now if c.identity() not in own]
+            # What was set back to what it was before the program is a change, too.
+            further += [
+                c
+                for c in changes
+                if c.identity() not in found and not isinstance(c.owner, contextvars.ContextVar)
+            ]
 
     def _take_back(self) -> list[Change]:
         changes: list[Change] = []
@@ -619,8 +658,13 @@ class State:
         if type(value) is not types.FunctionType:
             return False
         if self._ran is not None:
-            # A function that ran is a root, where it is known.
-            return _C.frames_know_functions or id(value.__code__) not in self._ran.codes
+            # A function that ran is a root, where it is known; of others the attributes count.
+            if vars(value) or (
+                not _C.frames_know_functions and id(value.__code__) in self._ran.codes
+            ):
+                return False
+            self.bare.append(value)
+            return True
         if not _C.frames_know_functions or vars(value):
             return False
         defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
@@ -657,6 +701,10 @@ class State:
             if wrapped is not None:
                 found.append((wrapped, name))
             return
+        if vars(fn):
+            self._attributes(vars(fn), fn.__name__, found)
+        else:
+            self.bare.append(fn)
         if self._ran is not None and id(fn.__code__) not in self._ran.codes:
             return
         for i, default in enumerate(fn.__defaults__ or ()):
@@ -666,10 +714,6 @@ class State:
                 found.append((default, fn.__name__))
         if fn.__kwdefaults__:
             self._items(fn.__kwdefaults__, name, found)
-        if vars(fn):
-            self._attributes(vars(fn), fn.__name__, found)
-        else:
-            self.bare.append(fn)
         self._global_names(fn.__code__, fn.__globals__, found)
 
     def _global_names(self, code: types.CodeType, space: dict[str, Any], found: _Found) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from torch_lazy_ext import _C, _lift, _made, _tree
 from torch_lazy_ext._autograd import drop_hooks, function_of, grad_of, set_grad
+from torch_lazy_ext._code import Ran
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
 from torch_lazy_ext._number import Number
 from torch_lazy_ext._record import Recording, SharedStorage, check_plain
@@ -260,6 +261,7 @@ class Backward:
         begin: the first node of the backward.
         given: the values of `saved`, then the tangents.
         roots: the values of gradients and guards.
+        ran: the code of the program's own that ran in it (hooks, custom functions), if any.
     """
 
     graph: torch._C.Graph
@@ -280,6 +282,7 @@ class Backward:
     begin: int
     given: list[_C.ValueRef]
     roots: list[_C.ValueRef]
+    ran: Ran | None
 
 
 @dataclasses.dataclass
@@ -366,6 +369,7 @@ class Lowered:
         makes_generators: whether it draws from generators of its own: one run at a time.
         modes: (how to set it, to what): modes that the program leaves changed.
         communicates: whether the graph holds collectives, which must run once in each call.
+        written: what the program does to its state, as it was recorded.
         precheck: a graph that gives the guarded values alone, and the indices of its inputs: for
             guards that must or can be looked at before anything else. Without, they are roots.
     """
@@ -407,6 +411,7 @@ class Lowered:
     reads_offset: bool
     reads_views: bool
     backwards: list[Backward]
+    written: list[_lift.Change]
 
 
 class _Roots:
@@ -549,6 +554,7 @@ def lower(recording: Recording, state: _lift.State) -> Lowered:
         reads_offset=sources.reads_offset or recorder.reads_offset or strided is not None,
         reads_views=recorder.reads_views,
         backwards=backwards,
+        written=recording.written,
     )
 
 
@@ -1239,7 +1245,9 @@ def _backward(
     versions = _versions(recorder)
     autograd = recording.autograd
     autograd.contributions, autograd.checkpoints = [], False
+    recording.ran_backward_code = None
     gradients = _differentiate(recording, list(outputs.values()), leaves, tangents, False)
+    ran = recording.ran_backward_code
     nested = _nested(recorder, autograd.contributions, leaves, gradients)
     written = _written_by_backward(recorder, versions, tangents)
     paths = _paths(list(outputs.values()))
@@ -1304,6 +1312,7 @@ def _backward(
         begin=begin,
         given=boundary,
         roots=values,
+        ran=ran,
     )
 
 
@@ -1824,6 +1833,12 @@ class _Sources:
         about = recorder.describe(leaf)
         lifted = _Inputs(recorder)
         base = about.base_lifted
+        if base >= 0 and not lifted[base][2]:
+            self._check_own_history(leaf)
+        if leaf.requires_grad and leaf.is_leaf and (base < 0 or lifted[base][2]):
+            found = self._leaf_over_result(leaf)
+            if found is not None:
+                return found
         if base >= 0 and lifted[base][2]:
             of_leaf = leaf._base is not None and leaf._base.requires_grad and leaf.is_leaf
             found = self._view_of_result(leaf) if of_leaf and leaf.requires_grad else None
@@ -2001,6 +2016,17 @@ class _Sources:
             self._of_assigned.add(id(view))
         return view
 
+    def _leaf_over_result(self, leaf: torch.Tensor) -> FromView | None:
+        """The source of a leaf that was a view, of what requires no grad, when it was made one."""
+        base = leaf._base
+        if base is None or base.requires_grad or isinstance(leaf, torch.nn.Parameter):
+            return None
+        views = self._views_after(leaf, base)
+        source = None if views is None else self.of(self._held.get(id(base), base))
+        if views is None or not isinstance(source, (FromRoot, FromConstant, FromView)):
+            return None
+        return FromView(source, views, grad_mode=False, requires_grad=True)
+
     def _view_of_leaf(self, leaf: torch.Tensor) -> FromView | None:
         """The source of a view of a leaf that the program made over the user's memory."""
         base = leaf._base
@@ -2016,6 +2042,18 @@ class _Sources:
                 "a view of a tensor that the program was given and writes to: return a clone"
             )
         self._check_hooks(leaf, base)
+
+    def _check_own_history(self, leaf: torch.Tensor) -> None:
+        """What lies in the memory of a tensor of the user's has the history of that, or none."""
+        owner = leaf if leaf._base is None else leaf._base
+        moved = self.recorder.describe(owner).storage_changed or any(
+            owner is tensor for tensor, _value in self._moved
+        )
+        if moved and leaf.requires_grad and not owner.is_leaf:
+            raise UnsupportedError(
+                "a result has a history of its own, and was given the memory of a tensor of the "
+                "caller's (Tensor.set_, Tensor.data): return a clone"
+            )
 
     def _check_hooks(self, leaf: torch.Tensor, base: torch.Tensor) -> None:
         """A replay makes the view anew, and the hooks are the program's."""

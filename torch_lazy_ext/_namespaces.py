@@ -12,7 +12,7 @@ import abc
 import contextvars
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,29 +61,150 @@ def guard(
     ran.dynamic = ran.dynamic or state.dynamic
     state = state.reached(ran)
     relied = Relied(state, ran)
-    _guard_state(variant, state, ran, arguments)
+    _guard_state(variant, state, ran, arguments, {})
     _guard_tensors(variant, state, ran, lifted, placement, relied)
-    _guard_code(variant, state, ran, arguments, relied)
+    _guard_code(variant, state, ran, arguments, relied, {})
     state.forget()
     return relied
 
 
+class Read:
+    """What a backward has read of Python (hooks, custom functions), to compare when it runs.
+
+    The call makes sure that all is as it was at the capture, and leaves it as the program did
+    there. What it leaves are other objects each time, so each call notes these itself.
+
+    Args:
+        state: the program's own state, as it was before the program.
+        ran: the code that ran in the backward. What it names is compared, of all that the program
+            has come to: the program may have handed it that.
+        program: the code that ran in the program and in its backwards.
+        written: what the program did to the state.
+        lifted: the lifted tensors, for those that the graph reads.
+        arguments: ids of arguments that are not to be kept alive.
+    """
+
+    def __init__(
+        self,
+        state: _lift.State,
+        ran: _code.Ran,
+        *,
+        program: _code.Ran,
+        written: list[_lift.Change],
+        lifted: list[torch.Tensor | None],
+        arguments: set[int],
+        placement: _C.Placement,
+    ) -> None:
+        self._keep: list[Any] = []
+        self._variant = _C.Variant(self._keep)
+        self.place = _code.place_of(ran)
+        ran.dynamic = ran.dynamic or state.dynamic
+        fixed = [change for change in written if _is_same_each_time(change.value, state)]
+        free: _Free = {}
+        for change in written:
+            if not any(change is known for known in fixed):
+                free.setdefault(id(change.owner), set()).add(change.key)
+        self._left = [
+            change
+            for change in written
+            if id(change.owner) in free and change.key in free[id(change.owner)]
+        ]
+        index_of = {id(t): i for i, t in enumerate(lifted) if t is not None}
+        self._tensors: list[tuple[_lift.Slot, int]] = []
+
+        def guard() -> None:
+            with state.after(fixed):
+                reached = state.reached(program)
+                relied = Relied(reached, ran)
+                _guard_state(self._variant, reached, ran, None, free)
+                for slot, read in _read_tensors(reached, ran):
+                    if slot.key in free.get(id(slot.owner), ()) or _C.is_capture_tensor(read):
+                        continue
+                    self._variant._add_tensor(slot, read, placement)
+                    if id(read) in index_of:
+                        self._tensors.append((slot, index_of[id(read)]))
+                for slot, value, _tensors in reached.numbers:
+                    self._variant._add_value(slot, value)
+                _guard_code(self._variant, reached, ran, arguments, relied, free, weak=False)
+                reached.forget()
+
+        contextvars.copy_context().run(guard)
+
+    def tensors(self, tensors: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Those of the lifted tensors of a call that the backward has found in Python."""
+        return [tensors[i] for _slot, i in self._tensors]
+
+    def left(self) -> list[Any]:
+        """What a call has left, right after it."""
+        return [self._content(change) for change in self._left]
+
+    @staticmethod
+    def _content(change: _lift.Change) -> Any:
+        if change.key is _lift.CONTENT:
+            return _tree.list_of(change.owner)
+        return _lift.Slot(change.owner, change.key, "").read()
+
+    def holds(self, tensors: list[torch.Tensor], left: list[Any]) -> bool:
+        """Whether all is as a call has left it.
+
+        Args:
+            tensors, left: of that call.
+        """
+        return (
+            self._variant.has_state()
+            and all(slot.read() is t for (slot, _i), t in zip(self._tensors, tensors))
+            and all(_is_same(self._content(c), value) for c, value in zip(self._left, left))
+        )
+
+
+# By id of a container or object: what may be anything there, keys or `_lift.CONTENT` for all.
+_Free = dict[int, set[Any]]
+
+
+def _is_same_each_time(value: Any, state: _lift.State) -> bool:
+    """Whether a program that leaves a value leaves this very object, or an equal one."""
+    return value is _lift.MISSING or type(value) in _tree.SIMPLE_TYPES or state.knows(value)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list) and a is not b:
+        return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+    return a is b or (type(a) is type(b) and type(a) in _tree.SIMPLE_TYPES and bool(a == b))
+
+
 def _guard_state(
-    variant: _C.Variant, state: _lift.State, ran: _code.Ran, arguments: set[int]
+    variant: _C.Variant,
+    state: _lift.State,
+    ran: _code.Ran,
+    arguments: set[int] | None,
+    free: _Free,
 ) -> None:
+    """Guards on slots and containers.
+
+    Args:
+        arguments: as of `guard`; None: the classes of objects are compared elsewhere.
+        free: what is not compared.
+    """
     by_name = state.namespaces - state.unsized
+    left: Collection[Any]
     for slot, value in state.values:
+        left = free.get(id(slot.owner), ())
+        if slot.key in left or _lift.CONTENT in left:
+            continue
         # Classes, and the attributes of objects, are guarded by names.
         if not isinstance(slot.owner, type) and id(slot.owner) not in by_name:
             variant._add_value(slot, value)
     for container, before in state.containers:
+        left = free.get(id(container), ())
+        if _lift.CONTENT in left:
+            continue
         if id(container) in by_name:
-            tensors = set()
+            places = set(left)
             if any(issubclass(cls, torch.Tensor) for cls in set(map(type, before.values()))):
-                tensors = {k for k, v in before.items() if isinstance(v, torch.Tensor)}
+                places |= {k for k, v in before.items() if isinstance(v, torch.Tensor)}
             names = frozenset(before) if ran.dynamic else ran.names
-            variant._add_names(container, names, tensors, ran.dynamic)
-        elif id(container) not in state.unsized:
+            variant._add_names(container, names, places, ran.dynamic and not left)
+        elif id(container) not in state.unsized and not left:
             size = _tree.length(container)
             variant._add_size(container, size)
             if isinstance(container, dict) and size > 1:
@@ -94,11 +215,12 @@ def _guard_state(
         _add_getter(variant, array.tobytes)
     for local, _attributes in state.locals:
         _add_getter(variant, _Keys(local, ran.names))
-    for value in state.objects:
-        if id(value) not in state.weak:  # this would keep it alive
-            variant._add_type_of(value, id(value) not in arguments)
+    if arguments is not None:
+        for value in state.objects:
+            if id(value) not in state.weak:  # this would keep it alive
+                variant._add_type_of(value, id(value) not in arguments)
     for fn in state.bare:
-        variant._add_names(vars(fn), ran.names, set())
+        variant._add_names(vars(fn), ran.names, set(free.get(id(vars(fn)), ())))
 
 
 class _Keys:
@@ -132,23 +254,26 @@ def _guard_tensors(
     relied: Relied,
 ) -> None:
     """Guards on the tensors of which the program may have read only what they are like."""
-    everything = ran.dynamic or ran.goes_through
-    by_name = state.namespaces | state.registries
     for tensor, slots in state.tensors.values():
         if ran.dynamic and not tensor.__dict__ and not isinstance(slots[0], _lift.NumberSlot):
             variant._add_names(tensor.__dict__, ran.names, set())
-        if id(tensor) in lifted or isinstance(slots[0], _lift.NumberSlot):
-            continue
-        read = [
-            slot
-            for slot in slots
-            if everything or id(slot.owner) not in by_name or slot.key in ran.names
-        ]
-        for slot in read:
+    first: dict[int, _lift.Slot] = {}
+    for slot, tensor in _read_tensors(state, ran):
+        if id(tensor) not in lifted:
             variant._add_tensor(slot, tensor, placement)
             relied.tensors.append((slot, f"{tensor.dtype}{list(tensor.shape)}"))
-        for other in read[1:]:
-            variant._add_tied(read[0], other)
+            if first.setdefault(id(tensor), slot) is not slot:
+                variant._add_tied(first[id(tensor)], slot)
+
+
+def _read_tensors(state: _lift.State, ran: _code.Ran) -> Iterator[tuple[_lift.Slot, torch.Tensor]]:
+    """The slots that the program may have read a tensor from."""
+    everything = ran.dynamic or ran.goes_through
+    by_name = state.namespaces | state.registries
+    for tensor, slots in state.tensors.values():
+        for slot in slots if not isinstance(slots[0], _lift.NumberSlot) else ():
+            if everything or id(slot.owner) not in by_name or slot.key in ran.names:
+                yield slot, tensor
 
 
 def _guard_code(
@@ -157,7 +282,15 @@ def _guard_code(
     ran: _code.Ran,
     arguments: set[int],
     relied: Relied,
+    free: _Free,
+    weak: bool = True,
 ) -> None:
+    """Guards on what code names.
+
+    Args:
+        free: what is not compared.
+        weak: whether to compare functions that are arguments, too, which the call has compared.
+    """
     found: set[Any] = set()
     named: set[Any] = set()  # the same, by code that is no library's
     types: set[type] = set()
@@ -166,10 +299,11 @@ def _guard_code(
         if id(entry.code) not in known:
             known.add(id(entry.code))
             into = found if entry.library else named
-            variant._add_code(entry.code, entry.globals, entry.library, ran.kept_by(entry), into)
+            skip = ran.kept_by(entry) | free.get(id(entry.globals), frozenset())
+            variant._add_code(entry.code, entry.globals, entry.library, skip, into)
         if entry.first is not None:
             types.add(entry.first)
-        if entry.function is not None:
+        if entry.function is not None and (weak or id(entry.function) not in arguments):
             variant._add_function(entry.function, id(entry.function) not in arguments)
     if any(isinstance(value, abc.ABCMeta) for value in named | state.types.keys()):
         # What is an instance of such a class changes with each `register`.
@@ -179,6 +313,8 @@ def _guard_code(
         if isinstance(value, type):
             types.add(value)
         elif isinstance(value, contextvars.ContextVar):
+            if id(value) in free:
+                continue
             _add_getter(variant, functools.partial(value.get, _lift.MISSING))
         elif value.__name__ in SETTINGS:
             _add_getter(variant, value)
@@ -199,7 +335,8 @@ def _guard_code(
         for base in (*cls.__mro__, *metaclass.__mro__):
             if base not in done:
                 done.add(base)
-                variant._add_names(base, ran.names, MADE_LATER | ran.counts_of(base))
+                places = MADE_LATER | ran.counts_of(base) | free.get(id(base), frozenset())
+                variant._add_names(base, ran.names, places)
     _guard_environment(variant, ran, relied)
 
 

@@ -1116,6 +1116,9 @@ class Recording:
         containers: the containers of the arguments as the program saw them.
         refilled: position in `containers` -> the container, for those the program changed.
         changes: what the program did to its state; taken back already.
+        written: the same, with what it did to attributes of tensors.
+        ran_backward_code: the code that ran in the last backward that was recorded after the
+            program; None where that is PyTorch's own.
         assigned: tensors as the program held them, what was assigned to their `.data`, and the
             user's tensors that they stand for.
         arrays: the arrays over the memory of tensors.
@@ -1145,6 +1148,8 @@ class Recording:
         self.containers: list[Any] = []
         self.refilled: dict[int, Any] = {}
         self.changes: list[_lift.Change] = []
+        self.written: list[_lift.Change] = []
+        self.ran_backward_code: _code.Ran | None = None
         self.assigned: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.arrays = Arrays()
         self.gradients: list[
@@ -1161,7 +1166,7 @@ class Recording:
         self.attributes: list[tuple[torch.Tensor, str, Any]] = []
 
     def resume(self, backward: Callable[[], Any]) -> Any:
-        """Record a backward after the program.
+        """Record a backward after the program, which finds all as the program has left it.
 
         Raises:
             UnsupportedError: a hook or a custom backward does what a graph cannot hold.
@@ -1169,20 +1174,28 @@ class Recording:
         before = [_tree.parts(c) for c in self.containers]
         assigned, gradients = len(self._capture.assigned), len(self._capture.gradients)
         noted = _code.note(self._state.enter)
-        try:
-            # As eager recommends for backward().
-            with torch.autocast("cpu", enabled=False), self.moving.in_place_of(self._state):
-                noted.start()
+
+        def run() -> tuple[Any, list[_lift.Change]]:
+            with self._state.after(self.written) as changes:
                 try:
-                    result = self._capture.resume(backward)
+                    # As eager recommends for backward().
+                    with torch.autocast("cpu", enabled=False), self.moving.in_place_of(self._state):
+                        noted.start()
+                        try:
+                            result = self._capture.resume(backward)
+                        finally:
+                            noted.stop()
                 finally:
-                    noted.stop()
-        finally:
-            drawn = self.moving.put_back()
-            changes = self._state.take_back()
+                    drawn.extend(self.moving.put_back())
+            return result, changes
+
+        drawn: list[Any] = []
+        result, changes = contextvars.copy_context().run(run)
+        self.ran_backward_code = None
         # Hooks and custom functions. PyTorch's own way to the engine reads nothing of the program.
         if not all(_code.Entry(*e).library for e in noted.entries):
             self.ran = _code.Ran(noted, self._capture.variables, self.ran.entries)
+            self.ran_backward_code = _code.Ran(noted, self._capture.variables)
         if drawn:
             raise _moving.drawn_from(drawn[0])
         self._capture.check_random_position()
@@ -1338,14 +1351,16 @@ def _record(
     finally:
         drawn = capture.moving.put_back()
         arrays = state.put_arrays_back()
-        recording.changes = state.take_back()
+        recording.written = recording.changes = state.take_back()
         recording.attributes = _attributes_set(capture, state, recording)
         capture.autograd.restore()
-        recording.changes += [
+        of_variables = [
             _lift.Change(variable, None, value)
             for variable, value in context.items()
             if variables.get(variable, _MISSING) is not value
         ]
+        recording.changes = recording.changes + of_variables
+        recording.written = recording.written + of_variables
         for (get, set_mode), mode in zip(_MODES, modes):
             left = get()
             if left != mode:
@@ -1522,7 +1537,7 @@ def _shared_writes(recorder: _C.Recorder) -> list[torch.Tensor]:
     written = [
         sharing
         for sharing in storages.values()
-        if len(sharing) > 1 and any(recorder.describe(lifted[i][1]).mutated for i in sharing)
+        if len(sharing) > 1 and any(_is_written(recorder, lifted[i][1]) for i in sharing)
     ]
     ranges = sorted(
         (storage.data_ptr(), storage.data_ptr() + storage.nbytes(), sharing)
@@ -1530,7 +1545,7 @@ def _shared_writes(recorder: _C.Recorder) -> list[torch.Tensor]:
         if (storage := lifted[sharing[0]][0].untyped_storage()).nbytes()
     )
     in_part = any(
-        begin < end and any(recorder.describe(lifted[i][1]).mutated for i in sharing + others)
+        begin < end and any(_is_written(recorder, lifted[i][1]) for i in sharing + others)
         for (_begin, end, sharing), (begin, _end, others) in itertools.pairwise(ranges)
     )
     if in_part or any(lifted[i][3] == i for sharing in written for i in sharing):
@@ -1541,6 +1556,11 @@ def _shared_writes(recorder: _C.Recorder) -> list[torch.Tensor]:
             "the others inside the program"
         )
     return [lifted[i][0] for sharing in written for i in sharing]
+
+
+def _is_written(recorder: _C.Recorder, twin: torch.Tensor) -> bool:
+    """Whether the program has written to the memory of a twin, or was about to."""
+    return recorder.describe(twin).mutated or recorder.has_failed_write(twin)
 
 
 def _keeps_nested(recorder: _C.Recorder) -> bool:

@@ -237,8 +237,17 @@ class Specialization(_C.Variant):
         for guard in self.guards:
             add = self._add_value_guard if guard.is_value else self._add_size_guard
             add(guard.root, guard.expected)
-        lowered.lifted = []
-        self._backwards = [_gradients.Backward(b, compiler) for b in lowered.backwards]
+        read = functools.partial(
+            _namespaces.Read,
+            state,
+            program=ran,
+            written=lowered.written,
+            lifted=[None if constant else tensor for tensor, constant, _base in lowered.lifted],
+            arguments=set(map(id, flat.leaves)),
+            placement=_placement(lowered),
+        )
+        lowered.lifted, lowered.written = [], []
+        self._backwards = [_gradients.Backward(b, compiler, read) for b in lowered.backwards]
         self._set_up_native_finish(lowered)
         self._has_effects = _has_effects(lowered)
         self._runs_python = bool(_C.namespaces_of(lowered.graph) - _NATIVE)
@@ -455,6 +464,7 @@ class Specialization(_C.Variant):
             if required:
                 tensors[index].requires_grad_()
         take = _Results(containers, tensors, values)
+        calls: list[_gradients._Call] = []
         if self._backwards or lowered.spent:
             drawn = list(zip(lowered.generators, states))
             origin = _gradients.Origin(
@@ -463,7 +473,7 @@ class Specialization(_C.Variant):
             written = self._written(tensors)
             made = [functools.partial(take.leaf, source) for source in lowered.made]
             with torch.enable_grad():
-                _gradients.attach(self._backwards, written, origin, tensors, values, made)
+                calls = _gradients.attach(self._backwards, written, origin, tensors, values, made)
                 take.values = values = _gradients.spend(lowered.spent, tensors, values, made)
         for index, name, hook in lowered.hooks:
             getattr(tensors[index], name)(hook)
@@ -501,6 +511,8 @@ class Specialization(_C.Variant):
             take(tensor).__dict__.update((name, take(s)) for name, s in attributes.items())
         for set_mode, mode in lowered.modes:
             set_mode(mode)
+        for each in calls:
+            each.note_left()
         return result
 
 

@@ -2,6 +2,7 @@
 
 """An extracted graph trains: outputs, gradients, state and weights over optimizer steps."""
 
+import contextvars
 import copy
 import itertools
 import unittest
@@ -631,6 +632,222 @@ class HookTest(unittest.TestCase):
         handle.remove()
         (again,) = torch.autograd.grad(graph(x).sum(), x)
         torch.testing.assert_close(again, plain)
+
+
+RATE = 2.0
+LEVEL: contextvars.ContextVar[float] = contextvars.ContextVar("LEVEL", default=2.0)
+
+
+def set_rate(value: float) -> None:
+    global RATE
+    RATE = value
+
+
+class Held:
+    """What a hook, or the backward of a custom function, reads."""
+
+    factor = 2.0
+
+    def __init__(self) -> None:
+        self.scale = 2.0
+        self.other = 1.0
+        self.items = [1.0, 2.0]
+        self.table = {"k": 3.0}
+        self.weight = torch.full((2,), 2.0)
+        self.kept: Any = None
+        self.block = nn.Sequential(Sine())
+
+
+class Sine(nn.Module):
+    scale = 2.0
+
+    def forward(self, x):
+        return (x * self.scale if self.training else x + 1).sin()
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, held):
+        ctx.held = held
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.held.scale, None
+
+
+class ReadInBackwardTest(unittest.TestCase):
+    """A backward reads Python as the call has left it; what was changed since is refused."""
+
+
+# How the program computes, what it does to what it holds, what is changed after the call, and
+# whether the backward reads that.
+READS: dict[str, tuple[Any, Any, Any, bool]] = {
+    "attribute": ("custom", None, lambda held: setattr(held, "scale", 5.0), True),
+    "attribute_that_it_does_not_read": (
+        "custom",
+        None,
+        lambda held: setattr(held, "other", 5.0),
+        False,
+    ),
+    "attribute_of_the_forward": (
+        "forward",
+        None,
+        lambda held: setattr(held, "other", held.other + 1),
+        False,
+    ),
+    "class_attribute": (
+        lambda g, held: g * held.factor,
+        None,
+        lambda _held: setattr(Held, "factor", 5.0),
+        True,
+    ),
+    "global": (lambda g, _held: g * RATE, None, lambda _held: set_rate(5.0), True),
+    "context_variable": (lambda g, _held: g * LEVEL.get(), None, lambda _h: LEVEL.set(5.0), True),
+    "item": (
+        lambda g, held: g * held.items[0],
+        None,
+        lambda held: held.items.__setitem__(0, 5.0),
+        True,
+    ),
+    "count": (lambda g, held: g * len(held.items), None, lambda held: held.items.append(5.0), True),
+    "value_of_a_key": (
+        lambda g, held: g * held.table["k"],
+        None,
+        lambda held: held.table.update(k=5.0),
+        True,
+    ),
+    "tensor_in_its_place": (
+        lambda g, held: g * held.weight,
+        None,
+        lambda held: setattr(held, "weight", torch.full((2,), 5.0)),
+        True,
+    ),
+    "mode_of_a_checkpoint": ("checkpoint", None, lambda held: held.block.eval(), True),
+    "attribute_of_a_checkpoint": (
+        "checkpoint",
+        None,
+        lambda held: setattr(held.block[0], "scale", 5.0),
+        True,
+    ),
+    "written_attribute": (
+        lambda g, held: g * held.scale,
+        lambda held, _x: setattr(held, "scale", 7.0),
+        None,
+        False,
+    ),
+    "written_global_and_items": (
+        lambda g, held: g * RATE * LEVEL.get() * held.items[0] * len(held.table),
+        lambda held, _x: (
+            set_rate(3.0),
+            LEVEL.set(4.0),
+            held.items.insert(0, 5.0),
+            held.table.update(m=1.0),
+        ),
+        None,
+        False,
+    ),
+    "written_and_changed": (
+        lambda g, _held: g * LEVEL.get(),
+        lambda _held, _x: LEVEL.set(4.0),
+        lambda _held: LEVEL.set(5.0),
+        True,
+    ),
+    "written_tensor": (
+        lambda g, held: g * held.kept,
+        lambda held, x: setattr(held, "kept", x.detach() * 2),
+        None,
+        False,
+    ),
+    "written_tensor_and_changed": (
+        lambda g, held: g * held.kept,
+        lambda held, x: setattr(held, "kept", x.detach() * 2),
+        lambda held: setattr(held, "kept", torch.ones(2)),
+        True,
+    ),
+    "written_list": (
+        lambda g, held: g * held.kept[1],
+        lambda held, x: setattr(held, "kept", [x.detach(), 3.0]),
+        None,
+        False,
+    ),
+    "written_list_and_changed": (
+        lambda g, held: g * held.kept[1],
+        lambda held, x: setattr(held, "kept", [x.detach(), 3.0]),
+        lambda held: setattr(held, "kept", [1.0, 5.0]),
+        True,
+    ),
+    "written_item_and_changed": (
+        lambda g, held: g * held.items[-1],
+        lambda held, x: held.items.append(x.detach() * 2),
+        lambda held: held.items.__setitem__(-1, 5.0),
+        True,
+    ),
+}
+
+
+def _reads(hook: Any, write: Any, change: Any, refused: bool) -> Callable[..., None]:
+    def test(self: unittest.TestCase) -> None:
+        held = Held()
+
+        def program(x):
+            if hook == "custom":
+                y = Scaled.apply(x, held)
+            elif hook == "forward":
+                y = Scaled.apply(x * held.other, held)
+            elif hook == "checkpoint":
+                y = torch.utils.checkpoint.checkpoint(held.block, x, use_reentrant=False)
+            else:
+                y = x * 2
+                y.register_hook(lambda g: hook(g, held))
+            if write is not None:
+                write(held, x)
+            return y * 3
+
+        def gradient(fn: Any, after: Any) -> Tensor | None:
+            # Containers stay the same objects, or a graph would be another one for each call.
+            Held.factor = 2.0
+            set_rate(2.0)
+            LEVEL.set(2.0)
+            vars(held).update(scale=2.0, other=1.0, kept=None, weight=weight)
+            held.items[:] = [1.0, 2.0]
+            held.table.clear()
+            held.table.update(k=3.0)
+            held.block.train()
+            held.block[0].scale = 2.0
+            x = torch.tensor([1.0, 2.0], requires_grad=True)
+            result = fn(x)
+            if after is not None:
+                after(held)
+            try:
+                result.sum().backward()
+            except UnsupportedError as e:
+                self.assertRegex(str(e), r"read of Python \(.*test_gradients.py:\d+\) was changed")
+                return None
+            return x.grad
+
+        def run() -> None:
+            graph = extract_compiled_graph(program, (torch.ones(2, requires_grad=True),))
+            for after in (None, change, change, None):
+                found = gradient(graph, after)
+                if refused and after is not None:
+                    self.assertIsNone(found)
+                    self.assertFalse(torch.equal(gradient(program, after), gradient(program, None)))
+                else:
+                    expected = gradient(program, after)
+                    assert found is not None and expected is not None
+                    self.assertTrue(torch.equal(found, expected), f"{found} != {expected}")
+
+        weight = held.weight
+        self.addCleanup(set_rate, RATE)
+        self.addCleanup(setattr, Held, "factor", Held.factor)
+        contextvars.copy_context().run(run)
+
+    return test
+
+
+for _name, _row in READS.items():
+    setattr(ReadInBackwardTest, f"test_{_name}", _reads(*_row))
 
 
 def second_derivatives(fn: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor | None]:

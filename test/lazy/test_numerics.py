@@ -271,6 +271,79 @@ DIVISIONS = {
 del DIVISIONS["divmod"]
 
 
+def _products_in_place(number: Any) -> Any:
+    """Products with a number, in place and not, where the memory could be used again."""
+
+    def program(x, y):
+        mul, mul_ = torch.ops.aten.mul.Scalar, torch.ops.aten.mul_.Scalar
+        parts = [x.exp(), x.exp(), y.exp()]
+        torch._foreach_mul_(parts, number)
+        others = [x.exp(), y.exp()]
+        torch._foreach_mul_(others, [number, number])
+        y.mul_(number)
+        mul_(x, number)
+        return [
+            mul(x.exp(), number),
+            mul_(x.exp(), number),
+            torch._foreach_mul([x.exp(), x], number),
+            parts,
+            others,
+        ]
+
+    return program
+
+
+class InPlaceProductTest(unittest.TestCase):
+    """`mul_` rounds its number to the tensor's type, and `mul` does not."""
+
+
+for _dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for _name, _scalar in {"fraction": 0.3989422804014327, "int": 1027, "exact": 2}.items():
+        setattr(
+            InPlaceProductTest,
+            f"test_{_short(_dtype)}_{_name}",
+            makefunctiontest(
+                _products_in_place(_scalar),
+                lambda dtype=_dtype: (torch.randn(64).to(dtype), torch.randn(64)),
+            ),
+        )
+
+
+def _pointwise_with_number(operator: Any, dtype: torch.dtype) -> Any:
+    def program(x):
+        return operator(x.exp(), 0.3989422804014327), operator(x.exp(), -1.7)
+
+    return makefunctiontest(program, lambda: (torch.randn(64).to(dtype),))
+
+
+class PointwiseInPlaceTest(unittest.TestCase):
+    """The executor takes in-place variants where it can: each rounds as its operator does."""
+
+
+for _name in (
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "remainder",
+    "fmod",
+    "clamp_min",
+    "clamp_max",
+):
+    for _overload, _dtype in itertools.product(
+        ("Scalar", "Tensor_Scalar", "default"), (torch.bfloat16, torch.float16)
+    ):
+        _operator = getattr(getattr(torch.ops.aten, _name), _overload, None)
+        if _operator is not None:
+            setattr(
+                PointwiseInPlaceTest,
+                f"test_{_name}_{_overload}_{_short(_dtype)}",
+                _pointwise_with_number(_operator, _dtype),
+            )
+
+
 class DivisionTest(unittest.TestCase):
     """Division in each rounding mode, on signed integers and on special values."""
 

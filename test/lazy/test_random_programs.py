@@ -195,6 +195,20 @@ OUT_OF_IT = "c.__exit__(None, None, None)"
 THIRDS = "b = (a.detach() / 3 + 0.1).requires_grad_()"
 LEAF_VIEW = "a = random_tensor((2, 3), torch.float32).flip(0)[..., :2].requires_grad_(); b = a"
 WIDE_FOUND = {
+    # Attributes of functions that the program names and does not call.
+    "attribute_of_a_function_that_is_not_called": wide(
+        "k = getattr(helper, 'note', 0); helper.note = 1; return a * 2, k"
+    ),
+    "attribute_of_a_function_that_the_caller_sets": wide(
+        "k = getattr(helper, 'note', 0); return a * 2, k",
+        change="p.__call__.__func__.__globals__['helper'].note = i",
+    ),
+    "changed_attribute_of_a_function_that_is_not_called": wide(
+        "return a * helper.bonus", change="p.__call__.__func__.__globals__['helper'].bonus = i"
+    ),
+    "attribute_of_a_method_that_is_not_called": wide(
+        "k = getattr(State.method, 'note', 0); State.method.note = 1; return a * 2, k"
+    ),
     # Attributes of tensors: of the caller's they are effects, of results they come with them.
     "attribute_of_a_state_tensor": wide("self.s.tag = 3; return a * 1"),
     "attribute_of_an_argument": wide("a.tag = 3; return a * 1"),
@@ -269,6 +283,19 @@ WIDE_FOUND = {
     "copy_of_a_view": wide("v = copy.copy(a[0]); return v"),
     "copy_of_a_custom_same": wide("v = copy.copy(Same.apply(a)); return v", HISTORY),
     "leaf_over_a_view": wide("v = a.detach()[0].requires_grad_(); return v"),
+    "leaf_over_a_view_of_a_result": wide(
+        "v = b * 1; u = v[0].requires_grad_(); w = v.view(-1).requires_grad_(); return u, w"
+    ),
+    "leaf_over_a_view_of_what_is_returned": wide(
+        "v = b * 1; u = v.expand(2, 3).requires_grad_(); return u, v", **NO_GRAD
+    ),
+    "leaf_over_a_view_of_a_written_result": wide(
+        "v = b * 1; u = v[0].requires_grad_(); v.detach().mul_(2); return u, u * 3"
+    ),
+    "leaf_over_a_view_of_data": wide(
+        "return torch.tensor([[1.0, 2.0]])[0].requires_grad_(), torch.zeros(2)[:1].requires_grad_()"
+    ),
+    "leaf_over_a_view_in_inference_mode": wide("return (b * 1)[0].requires_grad_()", **INFERENCE),
     "leaf_over_data": wide("v = a.data.view(-1).requires_grad_(); return v"),
     "retained_view_of_a_parameter": wide("v = self.w[0]; v.retain_grad(); return v"),
     "retained_view_of_a_result": wide("v = a * 2; u = v[0]; u.retain_grad(); return u, v"),
@@ -300,7 +327,23 @@ WIDE_FOUND = {
     ),
     "backward_that_raises": wide("return a // 2", derive=3),
     "backward_that_raises_beside_others": wide("return a // 2, a * 2", derive=3),
+    "hook_that_reads_what_was_written": wide(
+        "v = a * 2; v.register_hook(lambda g: g * self.n); self.n = 7; return v * 2"
+    ),
+    "second_derivative_in_a_reduced_type": wide(
+        "return F.gelu(self.m(b)), self.m(b).std(), (b.bfloat16() + 0.3).abs() ** 1.7",
+        derive=5,
+        ambient="torch.autocast('cpu', dtype=torch.bfloat16)",
+    ),
     # Several tensors over one memory, of which one is written to.
+    "error_of_shared_memory": wide(
+        "a.index_copy_(0, torch.tensor([0]), b[:1]); return k", "a = a.detach(); b = a.view(-1)[1:]"
+    ),
+    "error_of_shared_memory_that_is_caught": wide(
+        "exec('try: a.index_copy_(0, torch.tensor([0]), b[:1])\\nexcept RuntimeError: pass', "
+        "globals(), locals()); return a * 2",
+        "a = a.detach(); b = a.view(-1)[1:]",
+    ),
     "detached_of_shared_memory": wide("a[..., 1:].mul_(2); b.detach_(); return k", SHARED),
     "view_of_shared_memory": wide("a[..., 1:].mul_(2); return b.view(-1), b * 2", SHARED),
     "custom_same_of_shared_memory": wide("a.mul_(2); return Same.apply(b)", SHARED),

@@ -310,6 +310,22 @@ bool Variant::has_function_modes() const {
   return true;
 }
 
+// What is read of Python alone, whatever the arguments are.
+bool Variant::has_state() {
+  if (!namespaces_.check() || !state_.check()) {
+    return false;
+  }
+  for (const auto& [handle, guard] : seen_tensors_) {
+    PyObject* tensor = state_.current(handle);
+    if (!THPVariable_Check(tensor) || !guard.check(tensor)) {
+      return false;
+    }
+  }
+  return std::all_of(tied_.begin(), tied_.end(), [&](const auto& tied) {
+    return state_.current(tied.first) == state_.current(tied.second);
+  });
+}
+
 std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwargs) {
   const Surroundings now = Surroundings::now();
   if (stale || !(now == surroundings_)) {
@@ -321,23 +337,11 @@ std::optional<Call> Variant::match(const py::handle& args, const py::handle& kwa
   Call call;
   call.args = py::reinterpret_borrow<py::object>(args);
   call.kwargs = py::reinterpret_borrow<py::object>(kwargs);
-  if (!arguments_->match(args.ptr(), kwargs.ptr(), call.arguments) || !namespaces_.check() ||
-      !state_.check()) {
+  if (!arguments_->match(args.ptr(), kwargs.ptr(), call.arguments) || !has_state()) {
     return std::nullopt;
   }
   if (has_identities_ && !has_identities(call.arguments)) {
     return std::nullopt;
-  }
-  for (const auto& [handle, guard] : seen_tensors_) {
-    PyObject* tensor = state_.current(handle);
-    if (!THPVariable_Check(tensor) || !guard.check(tensor)) {
-      return std::nullopt;
-    }
-  }
-  for (const auto& [a, b] : tied_) {
-    if (state_.current(a) != state_.current(b)) {
-      return std::nullopt;
-    }
   }
   for (const auto& [handle, leaf] : same_objects_) {
     if (state_.current(handle) != call.arguments.leaves[leaf]) {
@@ -794,6 +798,10 @@ void bind_call(py::module_& m) {
             return py::reinterpret_steal<py::object>(result);
           },
           "The program's result, with its effects.")
+      .def(
+          "has_state",
+          &Variant::has_state,
+          "Whether what it compares of Python, beside the arguments, is as it was.")
       .def_readwrite("hits", &Variant::hits)
       .def_readwrite("misses", &Variant::misses)
       .def_readwrite("_checked", &Variant::checked)

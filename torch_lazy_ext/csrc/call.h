@@ -68,6 +68,7 @@ class Variant {
   explicit Variant(Keep keep) : keep_(keep.ptr()) {}
 
   std::optional<Call> match(const py::handle& args, const py::handle& kwargs);
+  bool has_state();
   // A new reference to the program's result. Raises _Mismatch when the data takes another
   // way (nothing has happened then), and what `_values` and `_finish` raise.
   PyObject* run(PyObject* self, Call& call);

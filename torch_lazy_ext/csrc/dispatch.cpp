@@ -380,6 +380,41 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
   auto answer_pair = [&](std::pair<at::Tensor, at::Tensor> results) {
     return answer(std::move(results.first), std::move(results.second));
   };
+  if (name == "aten::mul_" && op.schema().overload_name() == "Scalar" && at(1).isScalar()) {
+    (*stack)[begin + 1] = multiplier_in_place(at(1).toScalar(), at(0).toTensor().scalar_type());
+    return false;
+  }
+  if (name == "aten::_foreach_mul_" &&
+      (op.schema().overload_name() == "Scalar" || op.schema().overload_name() == "ScalarList")) {
+    // Eager's kernel is a loop of `mul_`.
+    const std::vector<at::Tensor> tensors = at(0).toTensorVector();
+    const bool one = !at(1).isList();
+    if (std::none_of(
+            tensors.begin(),
+            tensors.end(),
+            [](const at::Tensor& t) { return at::isReducedFloatingType(t.scalar_type()); }) ||
+        (one && !at(1).isScalar())) {
+      return false;
+    }
+    std::vector<at::Scalar> numbers;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (!one && i >= at(1).toListRef().size()) {
+        return false; // an error
+      }
+      const at::Scalar number = (one ? at(1) : at(1).toListRef()[i]).toScalar();
+      numbers.push_back(multiplier_in_place(number, tensors[i].scalar_type()));
+    }
+    if (one) {
+      at::_foreach_mul_(tensors, numbers);
+      return answer();
+    }
+    c10::impl::GenericList list(c10::NumberType::get());
+    for (const at::Scalar& number : numbers) {
+      list.push_back(number);
+    }
+    (*stack)[begin + 1] = list;
+    return false;
+  }
   if (name == "aten::max_pool1d") {
     // Without gradients its composite code reads the data of a CPU tensor.
     auto list = [&](size_t i) { return at(i).toIntVector(); };
@@ -1275,6 +1310,22 @@ void check_detachable(Recorder& recorder, const at::Tensor& t) {
   }
 }
 
+// An operator raised: what it was to write to may be memory that other tensors of the program
+// share, which eager's error may be about.
+void note_failed_writes(Recorder& recorder, const c10::OperatorHandle& op, const Stack& arguments) {
+  const c10::FunctionSchema& schema = op.schema();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (schema.is_mutable({c10::SchemaArgType::input, i})) {
+      for_each_tensor({arguments[i]}, 1, [&](const at::Tensor& t) {
+        if (t.defined() && fi::isFunctionalTensor(t)) {
+          const c10::Storage& storage = fi::unsafeGetFunctionalWrapper(t)->unsafe_storage();
+          recorder.failed_writes.emplace(storage.unsafeGetStorageImpl(), storage);
+        }
+      });
+    }
+  }
+}
+
 void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack) {
   Recorder* recorder = Recorder::current();
   const size_t nargs = op.schema().arguments().size();
@@ -1362,6 +1413,7 @@ void lift_kernel(const c10::OperatorHandle& op, DispatchKeySet ks, Stack* stack)
   } catch (const Unsupported&) {
     throw;
   } catch (const std::exception& e) {
+    note_failed_writes(*recorder, op, arguments);
     if (!recorder->eager_raised && is_error(e)) {
       raise_as_eager(*recorder, op, arguments, e);
     }

@@ -281,6 +281,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           "Record `generator` where an operator draws from `stand_in`.")
       .def("is_liftable", &Recorder::is_liftable)
+      .def("has_failed_write", &Recorder::has_failed_write)
       .def("rebind", &Recorder::rebind)
       .def("assign_data", &Recorder::assign_data)
       .def("twin_of", &Recorder::twin_of)

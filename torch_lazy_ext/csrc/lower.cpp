@@ -250,6 +250,24 @@ class Lowering {
 
 } // namespace
 
+bool rounds_otherwise_in_place(const torch::jit::Node* node) {
+  if (node->kind() != c10::aten::mul ||
+      node->input(1)->type()->isSubtypeOf(*c10::TensorType::get())) {
+    return false;
+  }
+  const auto type = node->input(0)->type()->cast<c10::TensorType>();
+  if (type && type->scalarType() && !at::isReducedFloatingType(*type->scalarType())) {
+    return false;
+  }
+  const std::optional<c10::IValue> number = torch::jit::toIValue(node->input(1));
+  if (!type || !type->scalarType() || !number || !number->isScalar()) {
+    return true;
+  }
+  const at::Scalar given = number->toScalar();
+  const at::Scalar taken = multiplier_in_place(given, *type->scalarType());
+  return !given.isComplex() && given.toDouble() != taken.toDouble();
+}
+
 bool is_viewed(const c10::FunctionSchema& schema, size_t argument) {
   // Their schemas do not say that the result shares the argument's memory.
   static const std::unordered_set<std::string> unannotated = {

@@ -12,6 +12,10 @@ bool is_viewed(const c10::FunctionSchema& schema, size_t argument);
 
 bool makes_views(const c10::FunctionSchema& schema);
 
+// Whether the in-place variant of a node's operator gives something else: a product with a number
+// that the tensor's type does not have (see `multiplier_in_place`).
+bool rounds_otherwise_in_place(const torch::jit::Node* node);
+
 struct Lowered {
   std::shared_ptr<torch::jit::Graph> graph;
   // For each graph input, the index of the lifted tensor it reads.

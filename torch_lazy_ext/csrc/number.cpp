@@ -89,4 +89,15 @@ TORCH_LIBRARY_IMPL(torch_lazy_ext, CompositeExplicitAutograd, m) {
   m.impl("item", &item);
 }
 
+at::Scalar multiplier_in_place(const at::Scalar& number, at::ScalarType type) {
+  if (!at::isReducedFloatingType(type) || number.isComplex()) {
+    return number;
+  }
+  auto rounded = [type](auto value) -> double {
+    return type == at::kHalf ? float(c10::convert<c10::Half>(value))
+                             : float(c10::convert<c10::BFloat16>(value));
+  };
+  return number.isFloatingPoint() ? rounded(number.toDouble()) : rounded(number.toLong());
+}
+
 } // namespace tle

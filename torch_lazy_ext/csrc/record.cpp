@@ -344,6 +344,10 @@ void call_operator(const c10::OperatorHandle& op, bool grad_mode, Stack& stack) 
 
 // -------------------------------------------------------------------- lifting
 
+bool Recorder::has_failed_write(const at::Tensor& twin) const {
+  return failed_writes.count(storage_of(twin)) != 0;
+}
+
 bool Recorder::is_liftable(const at::Tensor& t) const {
   if (!t.defined() || is_wrapped_number(t) || as_capture(t) != nullptr) {
     return false;
@@ -810,6 +814,7 @@ void Recorder::release() {
   rebound.clear();
   watched.clear();
   leaf_views.clear();
+  failed_writes.clear();
   nested.clear();
   made.clear();
 }

@@ -124,6 +124,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   // whole and has the tensor's dtype; else nothing.
   at::Tensor whole_storage_of(const at::Tensor& tensor) const;
   bool is_liftable(const at::Tensor& tensor) const;
+  // Whether a twin lies in memory of `failed_writes`.
+  bool has_failed_write(const at::Tensor& twin) const;
   // From now on `twin` stands for `tensor` (an assignment to `tensor.data`).
   void rebind(const at::Tensor& tensor, const at::Tensor& twin);
   // `op` changed the shape of a tensor of the user's in place, called with `given`: the program
@@ -185,6 +187,8 @@ struct Recorder : public std::enable_shared_from_this<Recorder> {
   // Memory of leaves that are views of a tensor that does not require grad, which eager takes their
   // views for views of.
   std::unordered_map<c10::StorageImpl*, c10::Storage> leaf_views;
+  // Memory that an operator was to write to, and raised.
+  std::unordered_map<c10::StorageImpl*, c10::Storage> failed_writes;
   // Looks whether `twin`, which is a leaf by now, is one of those; `leaf`: what it stands for.
   void note_leaf(const at::Tensor& twin, const at::Tensor& leaf);
   // What the program was refused, also when it caught the error.

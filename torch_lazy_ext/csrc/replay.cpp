@@ -1,5 +1,7 @@
 #include "replay.h"
 
+#include "lower.h"
+
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -50,10 +52,11 @@ bool same_layout(const Value* a, const Value* b) {
 }
 
 // `add_` for `add`, where the result fits in the place of the first operand. Only of pointwise
-// operators, whose in-place variants compute what they do.
+// operators, whose in-place variants compute what they do, but for one.
 std::optional<c10::OperatorHandle> in_place_overload(const Node* n, const c10::OperatorHandle& op) {
   if (!op.hasTag(at::Tag::pointwise) || op.hasTag(at::Tag::nondeterministic_seeded) ||
-      n->inputs().empty() || n->outputs().size() != 1 || !same_layout(n->input(0), n->output(0))) {
+      n->inputs().empty() || n->outputs().size() != 1 || !same_layout(n->input(0), n->output(0)) ||
+      rounds_otherwise_in_place(n)) {
     return std::nullopt;
   }
   const c10::FunctionSchema& schema = op.schema();

@@ -30,7 +30,7 @@ bool is_elementwise(const OperatorCall& call) {
 const torch::jit::Operator* in_place_variant(const Node* node) {
   const c10::FunctionSchema* schema = node->maybeSchema();
   if (schema == nullptr || node->inputs().empty() || node->outputs().size() != 1 ||
-      schema->is_mutable() || makes_views(*schema)) {
+      schema->is_mutable() || makes_views(*schema) || rounds_otherwise_in_place(node)) {
     return nullptr;
   }
   const c10::Symbol kind = c10::Symbol::fromQualString(schema->name() + "_");
