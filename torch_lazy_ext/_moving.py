@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from torch_lazy_ext import _lift, _tree
+from torch_lazy_ext import _code, _lift, _tree
 from torch_lazy_ext._errors import UnsupportedError
 
 _ITERATOR = "takes the next value of an iterator"
@@ -238,7 +238,7 @@ def user_line() -> str:
         root = frame.f_globals.get("__name__", "").partition(".")[0]
         if root != "torch_lazy_ext":
             line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            if root != "torch" and root not in sys.stdlib_module_names:
+            if root not in _code.LIBRARIES:
                 return line
             innermost = innermost or line
         frame = frame.f_back

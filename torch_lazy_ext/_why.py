@@ -40,7 +40,8 @@ def names(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     positional: list[str] = []
     with contextlib.suppress(TypeError, ValueError):
         by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(fn).parameters.values()
+        called = fn.forward if isinstance(fn, torch.nn.Module) else fn
+        parameters = inspect.signature(called).parameters.values()
         positional = [p.name for p in parameters if p.kind in by_position]
     found: list[str] = []
 

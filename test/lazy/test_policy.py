@@ -75,6 +75,19 @@ class GraphTest(unittest.TestCase):
             messages[0],
         )
 
+    def test_arguments_of_a_module(self) -> None:
+        class Cropped(nn.Module):
+            def forward(self, x: torch.Tensor, to: int) -> torch.Tensor:
+                return x[:to] * 2
+
+        module = Cropped()
+        x = torch.ones(200)
+        _graph, messages = self.calls(module, module, [(x, 1 + i) for i in range(100)])
+        self.assertIn("argument `to`: 32 values in 32 captures", messages[0])
+        arguments = [(torch.ones(1 + i), 1) for i in range(100)]
+        _graph, messages = self.calls(module, module, arguments)
+        self.assertIn("argument `x`: 32 values in 32 captures", messages[0])
+
     def test_data(self) -> None:
         def program(x: torch.Tensor) -> torch.Tensor:
             return x[: int(x.sum())]
