@@ -994,7 +994,7 @@ class CompiledGraph(_C.Caller):
         self._fn = fn
         self._limit = limit
         self._on_guard_failure = on_guard_failure
-        self._specializations: list[Specialization] = []  # most recently used first
+        self._kept: list[Specialization] = []
         self._lock = threading.Lock()
         self._warned = False
         self._policy = _policy.Policy(limit)
@@ -1047,12 +1047,16 @@ class CompiledGraph(_C.Caller):
                 finally:
                     self._lock.release()
 
+    @property
+    def _specializations(self) -> list[Specialization]:
+        return self._variants()
+
     def _keep(self, specializations: list[Specialization]) -> None:
         # The C++ half holds none of them: it has to know them before others go.
         self._set_variants(specializations)
         kept = set(map(id, specializations))
-        self._dropped_hits += sum(s.hits for s in self._specializations if id(s) not in kept)
-        self._specializations = specializations
+        self._dropped_hits += sum(s.hits for s in self._kept if id(s) not in kept)
+        self._kept = specializations
 
     def _serve(
         self,
@@ -1212,13 +1216,6 @@ class CompiledGraph(_C.Caller):
     def _discard(self, specialization: Specialization) -> None:
         with _C.Hold(), self._lock:
             self._keep([s for s in self._specializations if s is not specialization])
-
-    def _touch(self, specialization: Specialization) -> None:
-        if self._specializations[:1] != [specialization]:
-            with _C.Hold(), self._lock:
-                others = [s for s in self._specializations if s is not specialization]
-                if len(others) < len(self._specializations):
-                    self._keep([specialization, *others])
 
     def _failure(self, specialization: Specialization, observed: list[torch.Tensor]) -> str:
         if not observed:

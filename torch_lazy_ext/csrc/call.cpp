@@ -728,7 +728,41 @@ PyObject* caller_call(PyObject* self, PyObject* args, PyObject* kwargs) {
   return nullptr;
 }
 
+// What any variant compares of tensors, integers and strings that are arguments themselves: other
+// calls have, but for chance, another number, and equal calls the same. Never 0.
+uint64_t signature_of(PyObject* args) {
+  uint64_t out = static_cast<uint64_t>(PyTuple_GET_SIZE(args)) + 1;
+  auto add = [&](uint64_t part) { out = (out ^ part) * 0x9E3779B97F4A7C15 + (out >> 29); };
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
+    PyObject* arg = PyTuple_GET_ITEM(args, i);
+    if (!THPVariable_CheckExact(arg)) {
+      const bool simple = PyLong_CheckExact(arg) || PyUnicode_CheckExact(arg);
+      add(simple ? static_cast<uint64_t>(PyObject_Hash(arg)) : 1);
+      continue;
+    }
+    const at::Tensor& t = THPVariable_Unpack(arg);
+    if (t.is_nested()) {
+      add(2);
+      continue;
+    }
+    add(static_cast<uint64_t>(t.scalar_type()) + 3);
+    for (const int64_t size : t.sizes()) {
+      add(static_cast<uint64_t>(size));
+    }
+  }
+  return out == 0 ? 1 : out;
+}
+
 } // namespace
+
+void Caller::touch(PyObject* variant) {
+  for (auto it = variants.begin(); it != variants.end(); ++it) {
+    if (it->first == variant) {
+      std::rotate(variants.begin(), it, it + 1);
+      return;
+    }
+  }
+}
 
 PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
   if (Recorder::current() != nullptr) {
@@ -741,18 +775,28 @@ PyObject* Caller::call(PyObject* self, PyObject* args, PyObject* kwargs) {
     const py::object program = py::handle(self).attr("_fn");
     return PyObject_Call(program.ptr(), args, kwargs);
   }
+  uint64_t signature = 0; // of this call, once the first variant has not fitted
   for (size_t i = 0; i < variants.size(); ++i) {
     // Held: another thread may drop it meanwhile.
     const auto held = py::reinterpret_borrow<py::object>(variants[i].first);
     Variant* variant = variants[i].second;
+    if (i > 0 && variant->signature != 0) {
+      signature = signature == 0 ? signature_of(args) : signature;
+      if (variant->signature != signature) {
+        continue;
+      }
+    }
     std::optional<Call> call = variant->match(args, kwargs);
     if (!call) {
       continue;
     }
     PyObject* result = variant->run(held.ptr(), *call);
     if (result != nullptr) {
-      if (variants.empty() || variants[0].second != variant) {
-        py::handle(self).attr("_touch")(held);
+      if (variant->signature == 0) {
+        variant->signature = signature_of(args);
+      }
+      if (!variants.empty() && variants[0].second != variant) {
+        touch(held.ptr());
       }
       return result;
     }
@@ -926,12 +970,25 @@ void bind_call(py::module_& m) {
                      }))
       .def(py::init<>())
       .def_readwrite("_calls_left", &Caller::eager_calls)
-      .def("_set_variants", [](Caller& c, const py::list& variants) {
-        c.variants.clear();
-        for (const py::handle& v : variants) {
-          c.variants.emplace_back(v.ptr(), v.cast<Variant*>());
-        }
-      });
+      .def(
+          "_set_variants",
+          [](Caller& c, const py::list& variants) {
+            c.variants.clear();
+            for (const py::handle& v : variants) {
+              c.variants.emplace_back(v.ptr(), v.cast<Variant*>());
+            }
+          })
+      .def(
+          "_variants",
+          [](const Caller& c) {
+            py::list out;
+            for (const auto& [object, variant] : c.variants) {
+              out.append(py::handle(object));
+            }
+            return out;
+          },
+          "Most recently used first.")
+      .def("_touch", [](Caller& c, const py::object& variant) { c.touch(variant.ptr()); });
 }
 
 } // namespace tle

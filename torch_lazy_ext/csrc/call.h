@@ -77,6 +77,7 @@ class Variant {
   int64_t misses = 0;
   bool checked = false; // the first run has been compared with what was recorded
   bool stale = false; // not to be used again
+  uint64_t signature = 0; // of the calls that it fits, or 0: none has yet
   // The roots that the program's outputs are, of `num_roots`; none: it gives all of them.
   std::vector<int64_t> outputs;
   int64_t num_roots = 0;
@@ -204,7 +205,8 @@ class Caller {
   PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs);
   // So many calls run the program itself, before the variants are looked at again.
   int64_t eager_calls = 0;
-  // Borrowed; the Python half holds them.
+  void touch(PyObject* variant); // is the most recently used one
+  // Borrowed; the Python half holds them. Most recently used first.
   std::vector<std::pair<PyObject*, Variant*>> variants;
 };
 
