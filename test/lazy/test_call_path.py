@@ -260,5 +260,61 @@ def _one_list_twice(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return both, both
 
 
+class ManyVariantsTest(unittest.TestCase):
+    """Which variant answers is told by a number for the arguments, and then compared."""
+
+    def test_in_turn(self) -> None:
+        def program(x, n, *rest, **named):
+            return x * (n if isinstance(n, int) else 3) + sum(rest) + named.get("y", 0)
+
+        x = torch.arange(4.0)
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+            ((x, 1), {}),
+            ((x, True), {}),
+            ((x, "1"), {}),
+            ((x, None), {}),
+            ((x, -1), {}),
+            ((x, -2), {}),
+            ((x.view(2, 2), 1), {}),
+            ((x.double(), 1), {}),
+            ((x.view(2, 2).t(), 1), {}),
+            ((nn.Parameter(x.clone()), 1), {}),
+            ((x, 1, x), {}),
+            ((x, 1, torch.ones(4)), {}),
+            ((x, 1, torch.ones(1)), {}),
+            ((x, 1), {"y": x}),
+            ((x, 1), {"y": torch.ones(1)}),
+            ((x[:0], 1), {}),
+            ((x[0], 1), {}),
+        ]
+        graph = extract_compiled_graph(program, calls[0][0])
+        for _ in range(3):
+            for args, kwargs in [*calls, *reversed(calls)]:
+                got, want = graph(*args, **kwargs), program(*args, **kwargs)
+                self.assertEqual((got.tolist(), got.dtype), (want.tolist(), want.dtype))
+                self.assertEqual(got.requires_grad, want.requires_grad)
+        self.assertEqual(len(graph.specializations), len(calls))
+        variants = graph.specializations
+        self.assertEqual(len({id(v) for v in variants}), len(calls))
+        self.assertEqual(sum(v.hits for v in variants), 6 * len(calls))
+        # The last ones come first.
+        graph(*calls[3][0], **calls[3][1])
+        first = graph.specializations[0]
+        self.assertEqual(first.hits, 7)
+        self.assertEqual(
+            [v for v in graph.specializations if v is not first],
+            [v for v in variants if v is not first],
+        )
+
+    def test_dropped_ones(self) -> None:
+        graph = extract_compiled_graph(lambda x: x + 1, (torch.ones(1),), limit=3)
+        for _ in range(3):
+            for i in range(1, 6):
+                self.assertEqual(graph(torch.ones(i)).tolist(), [2.0] * i)
+        self.assertEqual(len(graph.specializations), 3)
+        graph(torch.ones(3))
+        self.assertEqual(graph(torch.ones(3)).tolist(), [2.0] * 3)
+
+
 if __name__ == "__main__":
     unittest.main()
