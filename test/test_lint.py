@@ -71,6 +71,20 @@ class LintTest(unittest.TestCase):
         self.write(path, "def f(x):\n    return x\n")
         self.assertRegex(self.run_linter("mypy"), "no-untyped-def")
 
+    def test_imports(self):
+        self.write("torch_lazy_ext/_lift.py", "")
+        self.write("torch_lazy_ext/_record.py", "from torch_lazy_ext import _lift\n")
+        self.assertIsNone(self.run_linter("imports"))
+        self.write("torch_lazy_ext/_lift.py", "from torch_lazy_ext import _record\n")
+        self.write("torch_lazy_ext/_record.py", "")
+        self.assertRegex(
+            self.run_linter("imports"), "_lift is not allowed to import torch_lazy_ext._record"
+        )
+
+    def test_imports_of_a_new_module(self):
+        self.write("torch_lazy_ext/_further.py", "")
+        self.assertRegex(self.run_linter("imports"), "_further")
+
     def test_actionlint(self):
         text = """
             on: push

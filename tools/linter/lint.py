@@ -48,6 +48,8 @@ LINTERS = {
     "ruff": Linter("ruff", ("ruff", "check", "."), ("ruff", "check", "--fix", "--quiet", ".")),
     "ruff-format": Linter("ruff", ("ruff", "format", "--diff", "."), ("ruff", "format", ".")),
     "mypy": Linter("mypy", ("mypy",)),
+    # Which stage may import from which: see pyproject.toml.
+    "imports": Linter("import-linter", ("lint-imports", "--no-cache")),
     "clang-format": Linter(
         "clang-format",
         ("clang-format", "--dry-run", "--Werror"),
