@@ -50,6 +50,7 @@ __all__: list[str] = [
     "is_hooked",
     "lower",
     "makes_views",
+    "name_in_eager",
     "names_of",
     "names_within",
     "namespaces_of",
@@ -533,6 +534,11 @@ def lower(
 def makes_views(arg0: str, arg1: str) -> bool:
     """
     Whether the results of an operator share the memory of an argument.
+    """
+
+def name_in_eager(arg0: torch.Tensor) -> str | None:
+    """
+    Of a tensor whose function of autograd is this package's: what eager's is called.
     """
 
 def names_of(arg0: typing.Any) -> tuple[typing.Any, ...]:

@@ -93,6 +93,7 @@ class FromStrided:
         alias: with a version counter of its own (`x.data`).
         detached: autograd knows nothing of its being a view.
         relative: the offset counts from the tensor's own.
+        grad_mode: in which the program made it.
     """
 
     index: int
@@ -105,6 +106,7 @@ class FromStrided:
     alias: bool
     detached: bool
     relative: bool = False
+    grad_mode: bool = True
 
 
 @dataclasses.dataclass(eq=False)
@@ -1207,9 +1209,10 @@ def _holds_values(outputs: list[torch.Tensor]) -> bool:
         if function is None or function in found:
             continue
         found.add(function)
-        if isinstance(function, torch.autograd.function.BackwardCFunction) or any(
-            name.startswith("_raw_saved") for name in dir(function)
-        ):
+        custom = isinstance(function, torch.autograd.function.BackwardCFunction)
+        # Of C++: a user's, or of csrc/products.cpp.
+        custom = custom or function.name().startswith("torch::autograd::CppNode<")
+        if custom or any(name.startswith("_raw_saved") for name in dir(function)):
             return True
         stack.extend(f for f, _k in function.next_functions)
     return False
@@ -1637,7 +1640,8 @@ class _Sources:
                 stack.extend(taken[1])
 
     def _note_edge(self, tensor: torch.Tensor) -> None:
-        if tensor.requires_grad and tensor._is_view():
+        of_users = self.recorder.describe(tensor).base_lifted >= 0  # of a leaf that is a view, too
+        if tensor.requires_grad and (of_users or tensor._is_view()):
             function = self.recorder.resumed(lambda: function_of(tensor))
             if isinstance(function, torch.autograd.function.BackwardCFunction):
                 self._by_edge[function, tensor.output_nr] = tensor
@@ -1865,7 +1869,10 @@ class _Sources:
             # The views lead from what the tensor was.
             self.reads_offset = True
             viewed = _viewed(recorder, leaf, lifted[base][0])
-            return self._strided(base, viewed, not about.shares_version)
+            detached = not leaf.requires_grad and lifted[base][1].requires_grad
+            turned = self._strided(base, viewed, not about.shares_version, detached)
+            turned.grad_mode = not leaf.requires_grad or leaf.grad_fn is not None
+            return turned
         elif base >= 0 and about.mutated:
             found = self._view_of_leaf(leaf) if leaf.requires_grad else None
             if found is not None:

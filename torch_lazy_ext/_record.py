@@ -246,7 +246,7 @@ class Capture:
             )
         # The text of the value, and as PyTorch would add it, where the tensor comes from.
         text = self.read(func, tensor.detach())
-        name = type(tensor.grad_fn).__name__
+        name = _C.name_in_eager(tensor) or type(tensor.grad_fn).__name__
         text = torch._tensor_str._add_suffixes(
             text.removesuffix(")"), [f"grad_fn=<{name}>"], len("tensor("), force_newline=False
         )

@@ -734,7 +734,8 @@ class _Results:
             count = tensor.untyped_storage().nbytes() // tensor.itemsize
             tensor = tensor.as_strided((count,), (1,), 0).view(source.dtype)
         offset = source.offset + (tensor.storage_offset() if source.relative else 0)
-        tensor = tensor.as_strided(source.sizes, source.strides, offset)
+        with torch.set_grad_enabled(source.grad_mode and torch.is_grad_enabled()):
+            tensor = tensor.as_strided(source.sizes, source.strides, offset)
         if source.conj:
             tensor = tensor.conj()
         return torch._neg_view(tensor) if source.neg else tensor

@@ -47,20 +47,6 @@ class Known(NamedTuple):
 
 
 KNOWN = {
-    "gradient_of_a_product": Known(
-        r"\.prod\(",
-        "prod()'s backward looks at its data in eager (is there a zero, are there two?) and takes a "
-        "shorter way than what is recorded: another rounding, and another sign of zeros",
-        "return b.prod()",
-        inputs="b = a.detach() / 3 - 5; b[0, :] = 0; b.requires_grad_()",
-    ),
-    "second_derivative_of_a_cumulative_product": Known(
-        r"(derive = 5|create_graph=True)(.|\n)*cumprod|cumprod(.|\n)*create_graph=True",
-        "the same of the second derivative of cumprod(): another rounding",
-        "return b.cumprod(-1)",
-        inputs="b = (a.detach() / 3 + 0.1).requires_grad_()",
-        derive=5,
-    ),
     "detached_inference_tensor": Known(
         r"with torch\.inference_mode\(\):(.|\n)*\.(detach|data\b)",
         "outside of inference mode, eager lets a caller write to what detach() gives of an inference "

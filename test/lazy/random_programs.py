@@ -171,6 +171,11 @@ class Generated:
         self.surroundings = "\n".join(lines)
 
     def _runs(self, lines: list[str], world: dict[str, Any]) -> bool:
+        if any("register_hook" in line for line in lines) and any(
+            _is_variable(name) and isinstance(v, Tensor) and _crashes_with_a_hook(v)
+            for name, v in world.items()
+        ):
+            return False
         try:
             exec("\n".join(lines), world)
         except Exception:
@@ -241,6 +246,13 @@ class Generated:
     @property
     def script(self) -> str:
         return f'from random_programs import compare\n\ncompare("""{self.source}""")\n'
+
+
+def _crashes_with_a_hook(t: Tensor) -> bool:
+    """Whether `register_hook` may end the process: PyTorch then looks at a history that it has not
+    made anew since what the view is a view of was written to."""
+    base = t._base if t.requires_grad and not t.is_inference() else None
+    return base is not None and base.requires_grad and base._version != 0
 
 
 def _reads_unwritten(tensors: list[Tensor]) -> bool:

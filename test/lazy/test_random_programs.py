@@ -440,6 +440,101 @@ WIDE_FOUND = {
         "return b, b / (b + 3.7), b.sin() * b.exp()", THIRDS, derive=2
     ),
     "second_gradient_from_elsewhere": wide("return b, b / (b + 3.7)", THIRDS, derive=5),
+    # Backwards for which eager looks at the data of the forward.
+    "product": wide(
+        "return b.prod(), b.prod(1), b.prod(0, keepdim=True)",
+        "b = (a.detach() / 3 - 5).requires_grad_()",
+    ),
+    "second_derivative_of_a_product": wide(
+        "return b.prod()",
+        "b = (a.detach() / 3 - 5).requires_grad_()",
+        derive=5,
+    ),
+    "second_derivative_of_a_cumulative_product": wide(
+        "return b.cumprod(-1)",
+        "b = (a.detach() / 3 - 5).requires_grad_()",
+        derive=5,
+    ),
+    "product_with_a_zero": wide(
+        "return b.prod(), b.prod(1), b.prod(0, keepdim=True)",
+        "b = a.detach() / 3 - 5; b[0, 0] = 0; b.requires_grad_()",
+    ),
+    "second_derivative_of_a_product_with_a_zero": wide(
+        "return b.prod()",
+        "b = a.detach() / 3 - 5; b[0, 0] = 0; b.requires_grad_()",
+        derive=5,
+    ),
+    "second_derivative_of_a_cumulative_product_with_a_zero": wide(
+        "return b.cumprod(-1)",
+        "b = a.detach() / 3 - 5; b[0, 0] = 0; b.requires_grad_()",
+        derive=5,
+    ),
+    "product_with_zeros": wide(
+        "return b.prod(), b.prod(1), b.prod(0, keepdim=True)",
+        "b = a.detach() / 3 - 5; b[0, :] = 0; b.requires_grad_()",
+    ),
+    "second_derivative_of_a_product_with_zeros": wide(
+        "return b.prod()",
+        "b = a.detach() / 3 - 5; b[0, :] = 0; b.requires_grad_()",
+        derive=5,
+    ),
+    "second_derivative_of_a_cumulative_product_with_zeros": wide(
+        "return b.cumprod(-1)",
+        "b = a.detach() / 3 - 5; b[0, :] = 0; b.requires_grad_()",
+        derive=5,
+    ),
+    "product_with_more_zeros_each_time": wide(
+        "return b.prod(), b.prod(1), b.prod(0, keepdim=True)",
+        "b = a.detach() / 3 - 5; b[0, :i] = 0; b.requires_grad_()",
+    ),
+    "second_derivative_of_a_product_with_more_zeros_each_time": wide(
+        "return b.prod()",
+        "b = a.detach() / 3 - 5; b[0, :i] = 0; b.requires_grad_()",
+        derive=5,
+    ),
+    "second_derivative_of_a_cumulative_product_with_more_zeros_each_time": wide(
+        "return b.cumprod(-1)",
+        "b = a.detach() / 3 - 5; b[0, :i] = 0; b.requires_grad_()",
+        derive=5,
+    ),
+    "product_in_another_type": wide(
+        "return b.prod(dtype=torch.float64), b.prod(1, dtype=torch.float64)",
+        "b = a.detach() / 3 - 5; b[0, 0] = 0; b.requires_grad_()",
+        derive=5,
+    ),
+    "product_of_nothing": wide(
+        "return b[:0].prod(), b[:0].prod(0), b[:1].prod(0), b.sum().prod()",
+        "b = (a.detach() / 3 - 5).requires_grad_()",
+    ),
+    "text_of_a_product": wide(
+        "return str(b.prod()), str(b.prod(0))",
+        "b = (a.detach() / 3 - 5).requires_grad_()",
+    ),
+    "product_in_the_program": wide(
+        "v = b.prod(); u = torch.autograd.grad(v, b, create_graph=True)[0]; return u, v",
+        "b = a.detach() / 3 - 5; b[0, :i] = 0; b.requires_grad_()",
+        derive=3,
+    ),
+    "product_differentiated_twice": wide(
+        "v = b.prod(); v.backward(); return v",
+        "b = a.detach() / 3 - 5; b[0, :] = 0; b.requires_grad_()",
+        derive=3,
+    ),
+    # A tensor of the caller's that is turned, and what is made of it.
+    "detached_of_what_is_turned": wide(
+        "a.t_(); a.mul_(2); return a[0], a.detach(), a.data[:1]", "a = a * 1; b = 1"
+    ),
+    "view_without_grad_of_what_is_turned": wide(
+        "a.t_(); torch.set_grad_enabled(False); v = a[0]; torch.set_grad_enabled(True); return v, a",
+        "a = a * 1; b = 1",
+    ),
+    # Custom functions over a leaf that is a view of what requires no grad.
+    "custom_same_twice_of_such_a_leaf": wide(
+        "v = Same.apply(a); u = Same.apply(v); return u, v, v[1:], u[1:]", LEAF_VIEW
+    ),
+    "custom_view_of_such_a_leaf": wide(
+        "v = View.apply(a); u = View.apply(v); return u, v[1:]", LEAF_VIEW
+    ),
     # A leaf that is a view of what does not require grad, whose views are views of that.
     "view_of_a_leaf_that_is_a_view": wide("return a[0], a.view(-1)", LEAF_VIEW, **NO_GRAD),
     "flag_of_a_view_of_such_a_leaf": wide("v = a[0]; return v.requires_grad", LEAF_VIEW, **NO_GRAD),

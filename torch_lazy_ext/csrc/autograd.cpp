@@ -1,5 +1,7 @@
 #include "autograd.h"
 
+#include "products.h"
+
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_hook.h>
 #include <torch/extension.h>
@@ -137,6 +139,10 @@ void bind_autograd(py::module_& m) {
         return meta->grad_;
       },
       "The gradient of a tensor, leaf or not: `Tensor.grad` warns where nobody has asked for one.");
+  m.def(
+      "name_in_eager",
+      &name_in_eager,
+      "Of a tensor whose function of autograd is this package's: what eager's is called.");
   m.def(
       "drop_hooks",
       [](const at::Tensor& t) {

@@ -3,6 +3,7 @@
 #include "generators.h"
 #include "interrupts.h"
 #include "nested.h"
+#include "products.h"
 #include "record.h"
 #include "rehearse.h"
 #include "views.h"
@@ -414,6 +415,28 @@ bool replace(Recorder& recorder, const c10::OperatorHandle& op, Stack* stack) {
     }
     (*stack)[begin + 1] = list;
     return false;
+  }
+  if (name == "aten::prod" && at::GradMode::is_enabled() && at(0).toTensor().requires_grad() &&
+      at(0).toTensor().dim() > 0) {
+    if (op.schema().overload_name().empty()) {
+      return answer(differentiable_prod(
+          at(0).toTensor(), std::nullopt, false, at(1).toOptional<at::ScalarType>()));
+    }
+    if (op.schema().overload_name() == "dim_int") {
+      return answer(differentiable_prod(
+          at(0).toTensor(), at(1).toInt(), at(2).toBool(), at(3).toOptional<at::ScalarType>()));
+    }
+  }
+  if (name == "aten::cumprod_backward" && at::GradMode::is_enabled()) {
+    // A second derivative is of what eager computes here.
+    const at::Tensor input = at(1).toTensor();
+    const int64_t dim = at(2).toInt();
+    if (input.numel() <= 1 || input.size(dim) == 1) {
+      return false;
+    }
+    const at::Tensor gradient =
+        cumprod_backward_without_zeros(at(0).toTensor(), input, dim, at(3).toTensor());
+    return gradient.defined() && answer(gradient);
   }
   if (name == "aten::max_pool1d") {
     // Without gradients its composite code reads the data of a CPU tensor.
