@@ -226,9 +226,12 @@ CHANGED = (
 )
 
 
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr()
+    return _version(tensor), tensor.data_ptr()
 
 
 class _Derivative:
@@ -372,6 +375,9 @@ class _Call:
         self.origin = origin
         self.path = path
         self.inputs = inputs
+        # For outputs whose backward another one's has left what it needs.
+        self._left_over: tuple[tuple[torch.Tensor, ...], list[int]] | None = None
+        self._freed: set[int] = set()
         self._read = backward.read
         if self._read is not None:
             self._tensors = self._read.tensors(inputs)
@@ -381,6 +387,36 @@ class _Call:
         """The call has had its effects."""
         assert self._read is not None
         self._left = self._read.left()
+
+    def saved_for(self, ctx: Any, given: frozenset[int]) -> tuple[torch.Tensor, ...]:
+        """What the backward has saved, for tangents of the outputs `given`.
+
+        Raises:
+            RuntimeError: eager's, where what these outputs need is gone, or was written to.
+        """
+        sharing = self.backward.lowered.sharing
+        try:
+            saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        except RuntimeError:
+            # The last run has freed it, which in eager frees no more than that run went by.
+            if self._left_over is None or any(
+                not self._freed.isdisjoint(sharing[k]) for k in given
+            ):
+                raise
+            saved, versions = self._left_over
+            if [_version(t) for t in saved] != versions:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    "inplace operation, after the backward of another result of the graph"
+                ) from None
+            self._freed |= given
+        else:
+            self._freed = set(given)
+        if all(not self._freed.isdisjoint(own) for own in sharing):
+            self._left_over = None
+        else:
+            self._left_over = saved, [_version(t) for t in saved]
+        return saved
 
     def check_read(self) -> None:
         """Raise an error where code of the program would read something else than was recorded."""
@@ -490,8 +526,7 @@ class _Differentiable(torch.autograd.Function):
                 ".backward() without `inputs`"
             )
         given = frozenset(k for k, t in enumerate(tangents) if t is not None)
-        # Eager's error, when this has run before and what it needs is gone.
-        saved = ctx.saved_tensors if lowered.once else ()
+        saved = call.saved_for(ctx, given) if lowered.once else ()
         if lowered.live:
             rest = iter(saved)
             saved = tuple(

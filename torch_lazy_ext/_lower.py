@@ -244,6 +244,7 @@ class Backward:
         outputs: roots of the forward that get a tangent, in order.
         positions: where these are among all that get a tangent.
         once: it frees what it needs, unless told to retain that: eager's does.
+        sharing: for each output, those whose backward needs what its own frees.
         saved: roots of the forward that the backward reads.
         wrt: for each gradient, the index of the lifted tensor it belongs to, or ~k for what
             `Lowered.made` has at k; then those that autograd leads to and has no gradient for.
@@ -270,6 +271,7 @@ class Backward:
     outputs: list[int]
     positions: list[int]
     once: bool
+    sharing: list[frozenset[int]]
     saved: list[int]
     wrt: list[int]
     count: int
@@ -884,7 +886,8 @@ def _unspent(
     """Tell results with a backward from those whose backward raises, since it has run already."""
     every = recording.recorder.sources()
     leaves = [leaf for leaf in every if leaf is not None]
-    leaves += _made_leaves([leaf for _source, leaf in differentiable], leaves)
+    made = _made_leaves([leaf for _source, leaf in differentiable], leaves)
+    leaves += [leaf for leaf in made if leaf.requires_grad]  # some do not any more
     fresh, spent = [], []
     for source, result in differentiable:
         try:
@@ -1200,22 +1203,34 @@ def _is_given(function: torch.autograd.graph.Node) -> bool:
     return function.name().endswith("Given")
 
 
-def _holds_values(outputs: list[torch.Tensor]) -> bool:
+def _holds_values(function: Any) -> bool:
     """Whether a function of autograd keeps tensors for its backward, or may do so."""
-    found: set[Any] = set()
-    stack = [output.grad_fn for output in outputs]
-    while stack:
-        function = stack.pop()
-        if function is None or function in found:
-            continue
-        found.add(function)
-        custom = isinstance(function, torch.autograd.function.BackwardCFunction)
-        # Of C++: a user's, or of csrc/products.cpp.
-        custom = custom or function.name().startswith("torch::autograd::CppNode<")
-        if custom or any(name.startswith("_raw_saved") for name in dir(function)):
-            return True
-        stack.extend(f for f, _k in function.next_functions)
-    return False
+    custom = isinstance(function, torch.autograd.function.BackwardCFunction)
+    # Of C++: a user's, or of csrc/products.cpp.
+    custom = custom or function.name().startswith("torch::autograd::CppNode<")
+    return custom or any(name.startswith("_raw_saved") for name in dir(function))
+
+
+def _sharing(outputs: list[torch.Tensor]) -> list[frozenset[int]]:
+    """For each output, those whose backward needs what its own frees, mostly itself."""
+    holders: list[set[Any]] = []
+    holds: dict[Any, bool] = {}
+    for output in outputs:
+        seen: set[Any] = set()
+        stack = [output.grad_fn]
+        while stack:
+            function = stack.pop()
+            if function is None or function in seen:
+                continue
+            seen.add(function)
+            if function not in holds:
+                holds[function] = _holds_values(function)
+            stack.extend(f for f, _k in function.next_functions)
+        holders.append({function for function in seen if holds[function]})
+    return [
+        frozenset(k for k, others in enumerate(holders) if not own.isdisjoint(others))
+        for own in holders
+    ]
 
 
 def _backward(
@@ -1254,6 +1269,7 @@ def _backward(
     nested = _nested(recorder, autograd.contributions, leaves, gradients)
     written = _written_by_backward(recorder, versions, tangents)
     paths = _paths(list(outputs.values()))
+    sharing = _sharing(list(outputs.values()))
     by_leaf = {i: g for i, g in gradients.items() if i not in hidden}
     # In the order in which eager has them ready: DistributedDataParallel fills buckets by it.
     ready = sorted(by_leaf, key=lambda i: recorder.describe(by_leaf[i].whole).value.node)
@@ -1289,7 +1305,8 @@ def _backward(
         graph=graph,
         outputs=list(outputs),
         positions=positions,
-        once=bool(saved) or _holds_values(list(outputs.values())),
+        once=bool(saved) or any(sharing),
+        sharing=sharing,
         saved=[roots.add(v) for v in saved],
         wrt=every_leaf,
         count=len(wrt),

@@ -403,7 +403,43 @@ class SeparateBackwardTest(unittest.TestCase):
         linear = nn.Linear(3, 3)
         self.check(lambda x: (linear(x), linear(x).relu()), 16)
 
-    @unittest.expectedFailure  # they share a backward, though eager needs nothing of what is shared
+    def test_cast_is_shared(self) -> None:
+        linear = nn.Linear(3, 3)
+
+        def program(x: Tensor) -> tuple[Tensor, ...]:
+            with torch.autocast("cpu", dtype=torch.bfloat16):  # which casts the weight once
+                return linear(x), linear(x).relu()
+
+        self.check(program, 16)
+
+    def test_three_of_which_two_share(self) -> None:
+        def program(x: Tensor) -> tuple[Tensor, ...]:
+            hidden = x + 1
+            other = hidden.tanh()
+            return hidden.exp(), hidden.sin() + other.exp(), other.sin()
+
+        self.check(program, 16)
+        graph = extract_compiled_graph(program, (torch.randn(2, 2, 3, requires_grad=True) * 2,))
+        for order in itertools.permutations(range(3)):
+            steps = tuple((k, False) for k in order)
+            want, want_grad = one_by_one(program, steps)
+            got, got_grad = one_by_one(graph, steps)
+            self.assertEqual(got, want)
+            torch.testing.assert_close(got_grad, want_grad, rtol=0, atol=0)
+
+    def test_written_to_between_two_backwards(self) -> None:
+        def program(x: Tensor) -> tuple[Tensor, ...]:
+            hidden = x + 1
+            return hidden.exp(), hidden.sin()
+
+        graph = extract_compiled_graph(program, (torch.randn(3, requires_grad=True),))
+        for fn in (program, graph):
+            first, second = fn(torch.randn(3, requires_grad=True))
+            second.sum().backward()
+            first.detach().add_(1)
+            with self.assertRaisesRegex(RuntimeError, "modified by an inplace operation"):
+                first.sum().backward()
+
     def test_only_a_sum_is_shared(self) -> None:
         def program(x: Tensor) -> tuple[Tensor, ...]:
             hidden = x + 1

@@ -303,6 +303,16 @@ WIDE_FOUND = {
     "gradient_of_a_retained_result": wide(
         "v = a * 2; v.retain_grad(); v.sum().backward(retain_graph=True); return v"
     ),
+    "argument_that_is_frozen_before_a_backward": wide(
+        "v = a * 2; a.requires_grad_(False); self.w.sum().backward(); return v",
+        "b = a = random_tensor((2, 3), torch.float32).requires_grad_()",
+    ),
+    "products_that_share_a_cast": wide(
+        "c = torch.autocast('cpu', dtype=torch.bfloat16); c.__enter__(); v = b @ self.m.weight; "
+        "TABLE['t'] = a @ self.m.weight; self.s.copy_(v); c.__exit__(None, None, None); "
+        "return self.w.view(-1)",
+        derive=3,
+    ),
     "gradient_of_a_leaf_made_inside": wide(
         "v = torch.ones(2, 3, requires_grad=True); (v * a).sum().backward(); return v"
     ),
