@@ -195,6 +195,8 @@ class Number(torch.SymFloat):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         # numpy's scalars and arrays compute with it as with a float.
+        if method == "__call__" and ufunc.__name__ in QUESTIONS and not kwargs:
+            return sys.modules["numpy"].bool_(ask(self, ufunc.__name__))
         known = [float(v) if isinstance(v, Number) else v for v in inputs]
         return getattr(ufunc, method)(*known, **kwargs)
 
@@ -223,6 +225,20 @@ class Number(torch.SymFloat):
     @property
     def imag(self) -> float:
         return 0.0
+
+
+# Functions of math, of numpy and of torch.
+QUESTIONS = ("isfinite", "isinf", "isnan")
+
+
+def ask(number: Number, question: str) -> bool:
+    """One of `QUESTIONS`, of which the answer is guarded, and not the number."""
+    answers = number.node.answers
+    if question not in answers:
+        with torch.no_grad():
+            found = getattr(torch, question)(number.node.number)
+            answers[question] = number.node.values.observe(found)
+    return answers[question]
 
 
 def greater(number: Number, bound: float) -> torch.Tensor:

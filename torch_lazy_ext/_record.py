@@ -12,6 +12,7 @@ import contextvars
 import functools
 import importlib
 import itertools
+import math
 import sys
 import threading
 import types
@@ -37,7 +38,7 @@ from torch_lazy_ext import (
     _tree,
 )
 from torch_lazy_ext._errors import FallbackError, UnsupportedError
-from torch_lazy_ext._number import Number
+from torch_lazy_ext._number import QUESTIONS, Number, ask
 
 _C.set_unsupported_error(UnsupportedError)
 _C.claim_dispatch_key()
@@ -232,6 +233,12 @@ class Capture:
             return func(tensor)
         with torch.no_grad():
             return Number(torch.ops.torch_lazy_ext.item(twin), self)
+
+    def classify(self, func: Any, value: Any) -> bool:
+        if isinstance(value, torch.Tensor) and self.owns(value) and value.numel() == 1:
+            value = value.item()
+        answer: bool = ask(value, func.__name__) if isinstance(value, Number) else func(value)
+        return answer
 
     def text(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
         if kwargs or tensor.grad_fn is None:
@@ -927,7 +934,13 @@ _MOVING: list[tuple[Any, str, Any, Any]] = [
     (owner, name, vars(owner)[name], _asked(vars(owner)[name], what))
     for owner, name, what in _moving.functions()
 ] + [(owner, name, vars(owner)[name], new) for owner, name, new in _moving.clocks(_asked)]
-_ASKED = {id(original): (original, new) for _owner, _name, original, new in _MOVING}
+# Functions of Python's that look at a number.
+_LOOKING = [
+    (math, name, getattr(math, name), _function(getattr(math, name), Capture.classify))
+    for name in QUESTIONS
+]
+# Also where the program's state holds them.
+_ASKED = {id(original): (original, new) for _owner, _name, original, new in (*_MOVING, *_LOOKING)}
 
 
 class _MakesGenerators(type(torch._C.Generator)):  # type: ignore[misc]
@@ -975,6 +988,8 @@ def _install() -> None:
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
         replace(torch, name, function)
+    for module, name, _original, new in _LOOKING:
+        replace(module, name, new)
     for owner, name, original, new in _MOVING:
         # A function of C's is no method where a class holds it, and one of Python's would be.
         held = isinstance(owner, type) and isinstance(original, types.BuiltinFunctionType)

@@ -1026,6 +1026,54 @@ def queue(x: Tensor, y: Tensor) -> Tensor:
 
 
 @expected
+class QuestionTest(unittest.TestCase):
+    """Whether a number is finite is asked for at each call, and only the answer is guarded."""
+
+    def check(self, program: Callable[[Tensor], Any], captures: int = 3) -> None:
+        graph = extract_compiled_graph(program, (torch.ones(2),))
+        for value in (1.0, 2.5, -3.0, math.inf, 4.0, math.nan, -0.0, -math.inf, math.nan):
+            x = torch.tensor([value, 1.0])
+            self.assertEqual(str(graph(x)), str(program(x)))
+        self.assertLessEqual(len(graph.specializations), captures)
+
+    def test_of_math(self) -> None:
+        self.check(lambda x: x * 2 if math.isfinite(x.sum().item()) else x)
+        self.check(lambda x: (x * 2, math.isinf(x[0].item()), math.isnan(x[0].item())))
+
+    def test_of_a_tensor(self) -> None:
+        self.check(lambda x: x * 2 if math.isnan(x.sum()) else x)
+        with self.assertRaises(Exception) as eager:
+            math.isnan(torch.ones(2))
+        with self.assertRaises(type(eager.exception)) as ours:
+            extract_compiled_graph(lambda x: math.isnan(x), (torch.ones(2),))
+        self.assertEqual(str(ours.exception), str(eager.exception))
+
+    def test_of_numpy(self) -> None:
+        self.check(lambda x: x * 2 if np.isfinite(x.sum().item()) else x)
+        self.check(lambda x: (x * 2, np.isnan(x[0].item()), np.isinf(x[0].item())))
+
+    def test_held_elsewhere(self) -> None:
+        from math import isfinite
+
+        held = [isfinite]
+        self.check(lambda x: x * 2 if isfinite(x.sum().item()) else x)
+        self.check(lambda x: x * 2 if held[0](x.sum().item()) else x)
+        self.check(lambda x, ask=isfinite: x * 2 if ask(x.sum().item()) else x)
+        self.assertIs(held[0], math.isfinite)
+
+    def test_of_other_values(self) -> None:
+        self.check(lambda x: (x, math.isfinite(3), math.isnan(math.inf), math.isinf(10**30)))
+        with self.assertRaisesRegex(TypeError, "must be real number, not str"):
+            extract_compiled_graph(lambda x: math.isnan("a"), (torch.ones(2),))
+
+    def test_of_a_computed_number(self) -> None:
+        def program(x: Tensor) -> Any:
+            loss = x.mean().item() * 3 - 1
+            return (x / loss, "fine") if math.isfinite(loss) and loss > 0 else (x, "skipped")
+
+        self.check(program, 4)
+
+
 class ContainerTest(unittest.TestCase):
     """Values in Python containers, as keys, and as results."""
 
