@@ -382,11 +382,13 @@ class _Call:
         if self._read is not None:
             self._tensors = self._read.tensors(inputs)
             self._left: list[Any] = []
+            self._containers: Sequence[Any] = ()
 
-    def note_left(self) -> None:
-        """The call has had its effects."""
+    def note_left(self, containers: Sequence[Any]) -> None:
+        """The call has had its effects; `containers`: of its arguments."""
         assert self._read is not None
-        self._left = self._read.left()
+        self._containers = containers
+        self._left = self._read.left(containers)
 
     def saved_for(self, ctx: Any, given: frozenset[int]) -> tuple[torch.Tensor, ...]:
         """What the backward has saved, for tangents of the outputs `given`.
@@ -420,7 +422,9 @@ class _Call:
 
     def check_read(self) -> None:
         """Raise an error where code of the program would read something else than was recorded."""
-        if self._read is not None and not self._read.holds(self._tensors, self._left):
+        if self._read is not None and not self._read.holds(
+            self._tensors, self._left, self._containers
+        ):
             raise UnsupportedError(
                 "something that the backward of an extracted graph has read of Python (a hook or a "
                 f"custom autograd.Function: {self._read.place}) was changed since the call, and "
@@ -472,7 +476,7 @@ class _Call:
             saved = [values[r] for r in backward.lowered.saved]
             call = _Call(backward, saved, origin, path, inputs)
             if backward.read is not None:
-                call.note_left()
+                call.note_left(())
             # As eager's, a gradient has a history where something in it requires grad.
             if any(inputs[i].requires_grad for i in backward.lowered.wrt):
                 _apply(call, values)

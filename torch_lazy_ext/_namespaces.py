@@ -12,7 +12,7 @@ import abc
 import contextvars
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ class Read:
         self._keep: list[Any] = []
         self._variant = _C.Variant(self._keep)
         self.place = _code.place_of(ran)
+        self._readable = ran.readable()
         ran.dynamic = ran.dynamic or state.dynamic
         fixed = [change for change in written if _is_same_each_time(change.value, state)]
         free: _Free = {}
@@ -134,9 +135,22 @@ class Read:
         """Those of the lifted tensors of a call that the backward has found in Python."""
         return [tensors[i] for _slot, i in self._tensors]
 
-    def left(self) -> list[Any]:
-        """What a call has left, right after it."""
-        return [self._content(change) for change in self._left]
+    def left(self, containers: Sequence[Any]) -> list[Any]:
+        """What a call has left, right after it.
+
+        Args:
+            containers: of its arguments.
+        """
+        found = [self._content(change) for change in self._left]
+        return found + [self._items(container) for container in containers]
+
+    def _items(self, container: Any) -> list[Any]:
+        """The items that the backward may read."""
+        if not isinstance(container, dict):
+            _shape, children = _tree.parts(container) or (None, ())
+            return list(children)
+        items = _tree.items_of(container).items()
+        return [part for item in items if self._readable[item[0]] for part in item]
 
     @staticmethod
     def _content(change: _lift.Change) -> Any:
@@ -144,16 +158,18 @@ class Read:
             return _tree.list_of(change.owner)
         return _lift.Slot(change.owner, change.key, "").read()
 
-    def holds(self, tensors: list[torch.Tensor], left: list[Any]) -> bool:
+    def holds(
+        self, tensors: list[torch.Tensor], left: list[Any], containers: Sequence[Any]
+    ) -> bool:
         """Whether all is as a call has left it.
 
         Args:
-            tensors, left: of that call.
+            tensors, left, containers: of that call.
         """
         return (
             self._variant.has_state()
             and all(slot.read() is t for (slot, _i), t in zip(self._tensors, tensors))
-            and all(_is_same(self._content(c), value) for c, value in zip(self._left, left))
+            and all(map(_is_same, self.left(containers), left))
         )
 
 
@@ -166,10 +182,15 @@ def _is_same_each_time(value: Any, state: _lift.State) -> bool:
     return value is _lift.MISSING or type(value) in _tree.SIMPLE_TYPES or state.knows(value)
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list) and a is not b:
-        return len(a) == len(b) and all(x is y for x, y in zip(a, b))
-    return a is b or (type(a) is type(b) and type(a) in _tree.SIMPLE_TYPES and bool(a == b))
+def _is_same(now: Any, before: Any) -> bool:
+    """Whether a value, or each of the values in a list, is the same object or an equal number."""
+    if isinstance(now, list) and isinstance(before, list) and now is not before:
+        return len(now) == len(before) and all(map(_is_equal, now, before))
+    return _is_equal(now, before)
+
+
+def _is_equal(now: Any, before: Any) -> bool:
+    return now is before or (type(now) in _tree.SIMPLE_TYPES and _tree.same(now, before))
 
 
 def _guard_state(

@@ -511,8 +511,9 @@ class Specialization(_C.Variant):
             take(tensor).__dict__.update((name, take(s)) for name, s in attributes.items())
         for set_mode, mode in lowered.modes:
             set_mode(mode)
+        mutable = [c for c in containers if not isinstance(c, tuple)] if calls else []
         for each in calls:
-            each.note_left()
+            each.note_left(mutable)
         return result
 
 

@@ -715,6 +715,36 @@ class Scaled(torch.autograd.Function):
 class ReadInBackwardTest(unittest.TestCase):
     """A backward reads Python as the call has left it; what was changed since is refused."""
 
+    def test_item_of_an_argument(self) -> None:
+        def program(x, options):
+            y = x * 2
+            y.register_hook(lambda g: g * options["scale"] * options["list"][0])
+            return y * 3
+
+        changes: tuple[tuple[Callable[[Any], Any], bool], ...] = (
+            (lambda options: options.update(other=5.0), False),
+            (lambda options: options.update(scale=5.0), True),
+            (lambda options: options["list"].insert(0, 5.0), True),
+            (lambda options: options.pop("scale"), True),
+        )
+
+        def called(fn: Any) -> tuple[Tensor, dict[str, Any], Tensor]:
+            x = torch.ones(2, requires_grad=True)
+            options = {"scale": 2.0, "other": 1.0, "list": [3.0]}
+            return x, options, fn(x, options).sum()
+
+        graph = extract_compiled_graph(program, called(lambda *args: args[0])[:2])
+        for change, refused in changes:
+            for fn in (program, graph):
+                x, options, loss = called(fn)
+                if fn is graph:
+                    change(options)
+                if fn is graph and refused:
+                    self.assertRaisesRegex(UnsupportedError, "was changed", loss.backward)
+                else:
+                    loss.backward()
+                    self.assertEqual(x.grad.tolist(), [36.0, 36.0])
+
 
 # How the program computes, what it does to what it holds, what is changed after the call, and
 # whether the backward reads that.
