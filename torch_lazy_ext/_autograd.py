@@ -168,6 +168,7 @@ class Autograd:
         contributions: of a backward inside of that backward, in order: how many nodes there were
             before it, the leaf, and what it accumulates.
         checkpoints: whether a reentrant checkpoint is in that backward.
+        former: twins of leaves, from before the program assigned to their `.data`.
         related: (a tensor with a history, one that the program differentiated with respect to): no
             history outside of the program leads from the first to the second.
     """
@@ -189,6 +190,7 @@ class Autograd:
         self.contributions: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.checkpoints = False
         self.related: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.former: list[torch.Tensor] = []
         self._state = state
         self._user_of = user_of
         self._refusal = refusal
@@ -245,6 +247,7 @@ class Autograd:
             adopt: called with each leaf of the user's that may get a gradient.
         """
         if not self.resumed:
+            self._check_former(outputs)
             self.ran = self.reads_leaf = True
             self._relate(
                 [user for i in inputs if self.owns(i) and (user := self._user_of(i)) is not None]
@@ -261,12 +264,17 @@ class Autograd:
                 if self.owns(tensor) and not is_leaf(self.twin_of(tensor)):
                     self.retain_grad(torch.Tensor.retain_grad, tensor)
         begin = len(self.recorder)
+
+        def twin_of(value: Any) -> Any:
+            # After the program, an argument stands for what it was before its `.data` was assigned.
+            return value if self.resumed and _C.is_capture_tensor(value) else self.twin_of(value)
+
         result = func(
-            tuple(map(self.twin_of, outputs)),
-            tuple(map(self.twin_of, gradients)),
+            tuple(map(twin_of, outputs)),
+            tuple(map(twin_of, gradients)),
             retain_graph,
             create_graph,
-            tuple(map(self.twin_of, inputs)),
+            tuple(map(twin_of, inputs)),
             allow,
             accumulate_grad=accumulate_grad,
         )
@@ -276,6 +284,24 @@ class Autograd:
                     self.contributions.append((begin, leaf, grad))
                     set_grad(leaf, None)
         return result
+
+    def _check_former(self, outputs: Sequence[Any]) -> None:
+        """Raise an error where a backward of the program leads to what a leaf was before."""
+        seen: set[Any] = set()
+        stack = [_grad_fn(self.twin_of(output)) for output in outputs if self.former]
+        while stack:
+            function = stack.pop()
+            if function is None or function in seen:
+                continue
+            seen.add(function)
+            variable = getattr(function, "variable", None)
+            if variable is not None and any(variable is leaf for leaf in self.former):
+                raise self._refusal(
+                    f"the program runs a backward (at {_moving.user_line()}) of what it has "
+                    "computed with a leaf before it assigned to the `.data` of that: assign after "
+                    "the backward, or write to the leaf under torch.no_grad()"
+                )
+            stack.extend(following for following, _k in function.next_functions)
 
     def node_of_twin(self, node: Any) -> Any:
         """The node of autograd that has the part of one of the user's, where that is a tensor's."""

@@ -931,14 +931,17 @@ class _History:
         outputs = list(self.by_root.values())
         lifted = sources.lifted
         assigned = {
-            id(new): lifted[id(t)] for t, new, _user in recording.assigned if id(t) in lifted
+            id(leaf): lifted[id(t)]
+            for t, new, _user in recording.assigned
+            for leaf in (t, new)
+            if id(t) in lifted
         }
         for leaf in _made_leaves(outputs, list(self.leaves.values())):
             if not leaf.requires_grad:
                 continue  # any more
             key = ~len(self.made)
             self.leaves[key] = leaf
-            if id(leaf) in assigned:  # what a tensor of the user's is since then
+            if id(leaf) in assigned:  # what a tensor of the user's was until then, or is since
                 self.made.append(FromLifted(assigned[id(leaf)]))
             else:
                 self.made.append(sources.known(leaf))
@@ -1602,6 +1605,11 @@ class _Sources:
         self.reads_offset = False
         self._held = {id(value): tensor for tensor, value, _user in recording.assigned}
         self._moved = [(tensor, value) for tensor, value, _user in recording.assigned]
+        self._assigned_at = {  # of arguments: what the program holds all the time, by index
+            self.lifted[id(tensor)]: tensor
+            for tensor, _value, user in recording.assigned
+            if tensor is not user and id(tensor) in self.lifted
+        }
         self._bases: dict[int, list[_Base]] = {}  # root -> the objects that are views of it
         self._sharing: dict[int, int] = {}
         self._objects: set[int] = set()  # roots that are a result already
@@ -1929,13 +1937,14 @@ class _Sources:
         alias_of: _Aliases = []
         if differentiable and of_user:
             source_of_base = recorder.source(base)
-            if _is_plain_view(leaf, lifted[base][1]) or (
+            twin = self._assigned_at.get(base, lifted[base][1])
+            if _is_plain_view(leaf, twin) or (
                 base in self._forgetting
                 and source_of_base is not None
                 and _is_view_of_given(leaf, source_of_base)
             ):
                 # Eager's own view of the user's tensor, with eager's gradient.
-                self._check_hooks(leaf, lifted[base][1])
+                self._check_hooks(leaf, twin)
                 return FromView(
                     FromLifted(base), about.views, grad_mode=True, retains_grad=leaf.retains_grad
                 )

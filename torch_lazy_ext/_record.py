@@ -413,6 +413,8 @@ class Capture:
         old_about, new_about = self.recorder.describe(twin), self.recorder.describe(new)
         if old_about.storage == new_about.storage and old_about.value == new_about.value:
             return  # what `module.to()` does to a module that is there already
+        if twin.requires_grad and twin.is_leaf:
+            self.autograd.former.append(twin)
         new = new.detach()
         new.requires_grad_(twin.requires_grad and twin.is_leaf)
         if id(tensor) in self.gradients:

@@ -235,6 +235,15 @@ WIDE_FOUND = {
         "v = Same.apply(a); u = View.apply(v); return u[1:], u, v"
     ),
     "view_of_assigned_data": wide("a.data = a * 2; return a[:1], a"),
+    "gradient_from_before_data_was_assigned": wide(
+        "v = a * 3; a.data = a.detach() * 2; return v, a * 5", "b = a"
+    ),
+    "view_from_before_data_was_assigned": wide(
+        "v = a[1:]; u = v[:1]; a.data = a * 2; return u, v, v * 2, a[:1]", "b = a"
+    ),
+    "gradient_of_state_from_before_data_was_assigned": wide(
+        "v = self.w * 3; u = self.w[1:]; self.w.data = self.w * 2; return v, u, self.w * 5"
+    ),
     "data_of_what_has_a_history": wide("v = a * 1; v.data = a * 2; return v[:1], v, v * v"),
     "view_of_a_leaf_over_an_argument": wide(
         "v = b.detach().requires_grad_(); return v.view(-1), v.detach()"
