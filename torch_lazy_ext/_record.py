@@ -98,6 +98,7 @@ class Capture:
         self._resumed = False
         self.moving = _moving.Moving(self.refusal, _ASKED)
         self.arrays = Arrays()
+        self.unseen: list[str] = []  # lines that use its tensors where nothing is recorded
         self.foreign: set[int] = set()  # ids of arrays that were there before the program
         self.borrowed: list[torch.Tensor] = []  # tensors over the memory of these
 
@@ -239,6 +240,21 @@ class Capture:
             value = value.item()
         answer: bool = ask(value, func.__name__) if isinstance(value, Number) else func(value)
         return answer
+
+    def start_thread(self, func: Any, thread: threading.Thread) -> None:
+        run, unseen = thread.run, self.unseen  # the thread may outlive the capture
+
+        def watched() -> None:
+            vars(thread).pop("run", None)
+            try:
+                run()
+            except Exception as error:
+                if _is_unseen(error):
+                    unseen.append(_moving.line_of(error))
+                raise
+
+        thread.run = watched  # type: ignore[method-assign]
+        func(thread)
 
     def text(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
         if kwargs or tensor.grad_fn is None:
@@ -677,6 +693,19 @@ def _refusal(recorder: _C.Recorder, message: str) -> UnsupportedError:
     return UnsupportedError(message)
 
 
+def _is_unseen(error: BaseException) -> bool:
+    """Whether it is raised where a tensor of a capture has no memory, and nothing is recorded."""
+    return "Tensor that doesn't have storage" in str(error)
+
+
+def _unseen(line: str) -> str:
+    return (
+        f"the program uses a tensor in another thread, or in an extension's own code (at {line}), "
+        "where its operators are not recorded: compute in the thread that calls the program, or "
+        "register the extension's function with torch.library"
+    )
+
+
 def _user_of(arguments: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor that existed before the program; None for one that the program made.
 
@@ -990,6 +1019,8 @@ def _install() -> None:
         function = _function(getattr(torch.random, name), handler)
         replace(torch.random, name, function)
         replace(torch, name, function)
+    started = _function(threading.Thread.start, Capture.start_thread)
+    replace(threading.Thread, "start", started)
     for module, name, _original, new in _LOOKING:
         replace(module, name, new)
     for owner, name, original, new in _MOVING:
@@ -1359,6 +1390,10 @@ def _record(
             recorder.refusal = capture.moving.clock
         if isinstance(error, ValueError) and "read-only" in str(error) and state.locks_arrays:
             recorder.refusal = _written_array("", _moving.line_of(error))
+        if _is_unseen(error):
+            capture.unseen.append(_moving.line_of(error))
+        if capture.unseen:
+            capture.refusal(_unseen(capture.unseen[0]))
         if not isinstance(error, UnsupportedError):
             _check_refusal(recorder)
         raise
@@ -1393,6 +1428,8 @@ def _record(
     if shared_writes:
         recorder.release()
         raise SharedStorage(shared_writes)
+    if capture.unseen:
+        capture.refusal(_unseen(capture.unseen[0]))
     _check_refusal(recorder)
     recording.ran = _code.Ran(noted, capture.variables)
     del noted, context, variables

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import unittest
+import unittest.mock
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -785,6 +786,61 @@ def _in_child(graph: Any, x: torch.Tensor, connection: Any) -> None:
     extracted = extract_compiled_graph(lambda t: t * 3, (x,))(x)
     other_shape = graph(torch.ones(5))
     connection.send([t.tolist() for t in (replayed, extracted, other_shape)])
+
+
+class ThreadInsideTest(unittest.TestCase):
+    """Threads that a program starts: what they compute with its tensors is not recorded."""
+
+    def refused(self, program: Callable[[torch.Tensor], Any]) -> None:
+        with self.assertRaisesRegex(
+            UnsupportedError, r"uses a tensor in another thread, .* \(at .*test_hygiene\.py:\d+\)"
+        ):
+            extract_compiled_graph(program, (torch.ones(2),))
+
+    def test_pool(self) -> None:
+        def program(x):
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(lambda: x * 2).result()
+
+        self.refused(program)
+
+    def test_pool_that_was_there(self) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(int).result()
+            self.refused(lambda x: pool.submit(lambda: x * 2).result())
+
+    def test_error_that_only_the_thread_sees(self) -> None:
+        def program(x):
+            found = []
+            thread = threading.Thread(target=lambda: found.append(x * 2))
+            thread.start()
+            thread.join()
+            return found[0] if found else x
+
+        with unittest.mock.patch("threading.excepthook", lambda args: None):
+            self.refused(program)
+        self.assertEqual(program(torch.ones(2)).sum(), 4)
+
+    def test_others(self) -> None:
+        """Without tensors, and with errors of its own."""
+
+        def program(x):
+            found = []
+            thread = threading.Thread(target=lambda: found.append(3))
+            thread.start()
+            thread.join()
+            assert "run" not in vars(thread)
+            return x * found[0]
+
+        graph = extract_compiled_graph(program, (torch.ones(2),))
+        self.assertEqual(graph(torch.ones(2)).sum(), 6)
+
+        def raises(x):
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(lambda: {}["key"]).result()
+
+        with self.assertRaises(KeyError):
+            extract_compiled_graph(raises, (torch.ones(2),))
 
 
 class LifetimeTest(unittest.TestCase):
