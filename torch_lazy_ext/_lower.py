@@ -1691,7 +1691,7 @@ class _Sources:
             is_users = isinstance(source, FromLifted) and not source.alias
             if is_users or isinstance(source, Constant):
                 return source
-            if value.requires_grad and value.is_leaf:
+            if value.is_leaf:
                 self._note_hooks(value, source)
             if value.requires_grad and (grad := _C.grad_of(value)) is not None:
                 self.grads.append((source, self.of(grad)))
@@ -1965,6 +1965,10 @@ class _Sources:
                 return found
             if differentiable:
                 alias_of = self._alias_of_result(leaf)
+        elif differentiable and leaf._base is not None and not of_user:
+            found = self._view_of_made_leaf(leaf)
+            if found is not None:
+                return found
         if about.mutated and self._sharing.get(about.storage, 0) > 1 and not differentiable:
             whole = self._base(self.roots.add(recorder.base_value(leaf)), leaf)
             if len(about.views) or whole.taken:
@@ -2058,7 +2062,7 @@ class _Sources:
         source = None if views is None else self.of(self._held.get(id(base), base))
         if views is None or not isinstance(source, (FromRoot, FromConstant, FromView)):
             return None
-        return FromView(source, views, grad_mode=False, requires_grad=True)
+        return FromView(source, views, grad_mode=torch.is_grad_enabled(), requires_grad=True)
 
     def _view_of_leaf(self, leaf: torch.Tensor) -> FromView | None:
         """The source of a view of a leaf that the program made over the user's memory."""
@@ -2066,6 +2070,21 @@ class _Sources:
         if base is None or not base.requires_grad or not base.is_leaf or id(base) in self.lifted:
             return None
         return self._view_of_result(leaf)
+
+    def _view_of_made_leaf(self, leaf: torch.Tensor) -> FromView | None:
+        """The source of a view of a leaf that is itself a view, of what requires no grad."""
+        function = leaf.grad_fn
+        while function is not None and len(function.next_functions) == 1:
+            if isinstance(function, torch.autograd.function.BackwardCFunction):
+                return None
+            function = function.next_functions[0][0]
+        made = getattr(function, "variable", None)
+        views = None if made is None else self._views_after(leaf, made)
+        source = None if views is None else self.of(made)
+        if made is None or views is None or not isinstance(source, FromView):
+            return None
+        self._check_hooks(leaf, made)
+        return FromView(source, views, grad_mode=True, retains_grad=leaf.retains_grad)
 
     def _check_plain(self, leaf: torch.Tensor, base: torch.Tensor) -> None:
         """A view of what the program has written to is eager's own one, with eager's gradient."""

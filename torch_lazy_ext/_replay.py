@@ -506,7 +506,7 @@ class Specialization(_C.Variant):
         for tensor, grad in lowered.grads_of_made:
             take(tensor).grad = take(grad)
         for leaf, name, hook in lowered.hooks_of_made:
-            getattr(take(leaf), name)(hook)
+            _register(take(leaf), name, hook)
         for tensor, attributes in lowered.attributed:
             take(tensor).__dict__.update((name, take(s)) for name, s in attributes.items())
         for set_mode, mode in lowered.modes:
@@ -654,6 +654,15 @@ def _leaf(value: torch.Tensor) -> torch.Tensor:
     """Let a tensor require grad, which an inference tensor can in that mode only."""
     with _mode_of(value):
         return value.requires_grad_()
+
+
+def _register(leaf: torch.Tensor, name: str, hook: Any) -> None:
+    """Leave a hook on a leaf, which the program may have made one that requires no grad since."""
+    required = leaf.requires_grad
+    with _mode_of(leaf):
+        leaf.requires_grad_()
+        getattr(leaf, name)(hook)
+        leaf.requires_grad_(required)
 
 
 def _parameter(value: torch.Tensor, requires_grad: bool) -> nn.Parameter:

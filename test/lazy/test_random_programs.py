@@ -304,6 +304,16 @@ WIDE_FOUND = {
     "leaf_over_a_view_of_data": wide(
         "return torch.tensor([[1.0, 2.0]])[0].requires_grad_(), torch.zeros(2)[:1].requires_grad_()"
     ),
+    "view_of_a_leaf_over_a_view_of_a_result": wide(
+        "v = (b * 1)[0].requires_grad_(); return v[:1], v.view(-1)[1:], v * 2"
+    ),
+    "view_of_a_leaf_over_a_view_of_data": wide(
+        "v = torch.tensor([[1.0, 2.0]])[0].requires_grad_(); return v[:1]"
+    ),
+    "hook_of_a_leaf_that_requires_no_grad_any_more": wide(
+        "v = nn.Parameter(b * 1); v.register_hook(lambda g: g * 2); v.requires_grad_(False); "
+        "return v, v * 2"
+    ),
     "leaf_over_a_view_in_inference_mode": wide("return (b * 1)[0].requires_grad_()", **INFERENCE),
     "leaf_over_data": wide("v = a.data.view(-1).requires_grad_(); return v"),
     "retained_view_of_a_parameter": wide("v = self.w[0]; v.retain_grad(); return v"),
