@@ -115,7 +115,15 @@ py::tuple make_names(
     globals[name] = py::none();
   }
   return py::handle(type)(
-      chains, stored, attributes, stored_attributes, imports, strings, all, py::tuple(globals), inner);
+      chains,
+      stored,
+      attributes,
+      stored_attributes,
+      imports,
+      strings,
+      all,
+      py::tuple(globals),
+      inner);
 }
 
 py::tuple read_names(PyObject* code) {
