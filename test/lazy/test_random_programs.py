@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from random_known import KNOWN, Known
@@ -633,6 +634,14 @@ def _found_wide(row: Known) -> Callable[[unittest.TestCase], None]:
 
 for _name, _row in WIDE_FOUND.items():
     setattr(FoundTest, f"test_{_name}", _found_wide(_row))
+
+
+# From torch 2.14 on eager's second derivative of cumprod() beside a zero has 0.0 where the way of 2.13,
+# which is recorded, has -0.0.
+if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+    for _name in ("with_a_zero", "with_more_zeros_each_time"):
+        _name = f"test_second_derivative_of_a_cumulative_product_{_name}"
+        setattr(FoundTest, _name, unittest.expectedFailure(getattr(FoundTest, _name)))
 
 
 class KnownTest(unittest.TestCase):
