@@ -40,7 +40,7 @@ class _Rest:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # to ask for thresholds may run finalizers, which capture
         self._count = 0
         self._thresholds = gc.get_threshold()
 
